@@ -1,0 +1,120 @@
+"""Measures: hand-derived numbers, degenerate input, coverage of the intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_ray.core.metrics import (
+    accuracy,
+    auc,
+    best_threshold,
+    bootstrap_interval,
+    distinct_n,
+    paired_difference_interval,
+)
+from trace_ray.errors import DataError
+
+
+def test_auc_by_hand() -> None:
+    # Positives 0.9, 0.4; negatives 0.4, 0.1: of 4 couples 3 are in order and one ties: 3.5 / 4.
+    assert auc([1, 0, 1, 0], [0.9, 0.4, 0.4, 0.1]) == pytest.approx(3.5 / 4)
+    assert auc([True, False], [0.1, 0.9]) == 0.0
+    with pytest.raises(DataError, match="both classes"):
+        auc([1, 1], [0.1, 0.2])
+    with pytest.raises(DataError, match="not finite"):
+        auc([1, 0], [float("nan"), 0.2])
+
+
+def test_accuracy_by_hand() -> None:
+    assert accuracy([1, 0, 1, 1], [1, 0, 0, 1]) == 0.75
+    with pytest.raises(DataError, match="at least one"):
+        accuracy([], [])
+
+
+def test_best_threshold_by_hand() -> None:
+    # Parted at 0.5: midway between 0.3 and 0.7.
+    assert best_threshold([0, 0, 1, 1], [0.1, 0.3, 0.7, 0.9]) == pytest.approx(0.5)
+    # Positives 0.9, 0.3; negatives 0.5, 0.2, 0.1. Cut above 0.5: (1/2 + 3/3) / 2 = 0.75; cut above
+    # 0.2: (2/2 + 2/3) / 2 = 0.83, the best.
+    assert best_threshold([1, 0, 1, 0, 0], [0.9, 0.5, 0.3, 0.2, 0.1]) == pytest.approx(0.25)
+    assert best_threshold([1, 0], [0.5, 0.5]) == 0.5  # no place parts them
+    with pytest.raises(DataError, match="both classes"):
+        best_threshold([0, 0], [0.1, 0.2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=2, max_size=25))
+def test_best_threshold_is_best(items: list[tuple[bool, float]]) -> None:
+    labels, scores = np.array([i[0] for i in items]), np.array([i[1] for i in items])
+    if labels.all() or not labels.any():
+        return
+
+    def balanced(threshold: float) -> float:
+        said = scores >= threshold
+        return (said[labels].mean() + (~said[~labels]).mean()) / 2
+
+    best = best_threshold(labels, scores)
+    assert 0 <= best <= 1
+    assert balanced(best) == pytest.approx(max(balanced(t) for t in scores))
+
+
+def test_bootstrap_interval_against_the_normal_one() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    got = bootstrap_interval(values, seed=1)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert got.value == pytest.approx(values.mean())
+    assert got.n == 400
+    assert got.ci_low == pytest.approx(values.mean() - half, abs=0.03)
+    assert got.ci_high == pytest.approx(values.mean() + half, abs=0.03)
+    assert got == bootstrap_interval(values, seed=1)
+    narrow = bootstrap_interval(values, seed=1, confidence=0.5)
+    assert got.ci_low < narrow.ci_low < narrow.ci_high < got.ci_high
+
+
+def test_bootstrap_interval_without_spread() -> None:
+    assert bootstrap_interval([0.7] * 5, 0).to_row() == {
+        "value": 0.7,
+        "ci_low": 0.7,
+        "ci_high": 0.7,
+        "n": 5,
+    }
+    # Wilson at 0 of n: upper = z^2 / (n + z^2), z = 1.95996: 3.8415 / 23.8415 = 0.16113 for n = 20.
+    none, every = bootstrap_interval([0] * 20, 0), bootstrap_interval([1] * 20, 0)
+    assert (none.value, none.ci_low) == (0.0, 0.0)
+    assert none.ci_high == pytest.approx(0.16113, abs=1e-5)
+    assert (every.value, every.ci_high) == (1.0, 1.0)
+    assert every.ci_low == pytest.approx(1 - 0.16113, abs=1e-5)
+    assert bootstrap_interval([1.0], 0).ci_low == pytest.approx(1 / (1 + 3.8415), abs=1e-4)
+    for bad in ([], [float("inf")], [[1.0]]):
+        with pytest.raises(DataError):
+            bootstrap_interval(bad, 0)
+
+
+def test_paired_difference_interval() -> None:
+    before, after = [0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 1, 1, 0]
+    got = paired_difference_interval(before, after, seed=0)
+    assert got.value == 0.5
+    assert 0 < got.ci_low < 0.5 < got.ci_high <= 1
+    # Pairing matters: the same shift of very different items is certain.
+    exact = paired_difference_interval([1.0, 50.0, 900.0], [2.0, 51.0, 901.0])
+    assert (exact.value, exact.ci_low, exact.ci_high) == (1.0, 1.0, 1.0)
+    # All of 20 went from 0 to 1: at most 0.16113 of all items would not, each lower by up to 2.
+    flipped = paired_difference_interval([0] * 20, [1] * 20)
+    assert (flipped.value, flipped.ci_high) == (1.0, 1.0)
+    assert flipped.ci_low == pytest.approx(1 - 2 * 0.16113, abs=1e-4)
+    same = paired_difference_interval([0, 1] * 10, [0, 1] * 10)
+    assert same.value == 0.0
+    assert (same.ci_low, same.ci_high) == pytest.approx((-0.16113, 0.16113), abs=1e-4)
+    with pytest.raises(DataError, match="2 before, 1 after"):
+        paired_difference_interval([1, 0], [1])
+
+
+def test_distinct_n_by_hand() -> None:
+    # "the cat sat", "The CAT ran": bigrams the-cat, cat-sat, the-cat, cat-ran: 3 distinct of 4.
+    assert distinct_n(["the cat sat", "The  CAT ran"]) == 0.75
+    assert distinct_n(["a a a"], n=1) == pytest.approx(1 / 3)
+    assert distinct_n(["one", ""]) == 0.0
+    assert distinct_n([]) == 0.0

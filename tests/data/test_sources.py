@@ -1,0 +1,204 @@
+"""Reading data files: what each form means, and what becomes of bad rows."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from trace_ray.data import sources
+from trace_ray.data.sources import BadRow, expand, ingest, parse_rows
+from trace_ray.errors import DataError
+from trace_ray.types import Category, Message, PreferencePair
+
+USER = {"role": "user", "content": "Hi?"}
+BOT = {"role": "assistant", "content": "No."}
+
+
+def write_jsonl(path, rows):
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.write(b"\n".join(lines) + b"\n")
+    return path
+
+
+def reply(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [USER], "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [USER], "chosen": reply("Yes."), "rejected": reply("No.")},
+        {"chosen": [USER, *reply("Yes.")], "rejected": [USER, BOT]},
+        {"prompt": "Hi?", "chosen": [USER, *reply("Yes.")], "rejected": [USER, BOT]},
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_pairs_in_every_form(tmp_path, row, suffix):
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        write_jsonl(path, [row])
+    expected = PreferencePair((Message("user", "Hi?"),), "Yes.", "No.", f"{path}:1")
+    assert list(parse_rows(path, "pairs")) == [expected]
+
+
+GOOD = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "message"),
+    [
+        (b'{"prompt": ', "", "is not JSON"),
+        (b'{"prompt": "\xff"}', "", "is not UTF-8"),
+        (b"[" * 100_000, "", "nested too deep"),
+        ([1], "", "must be a JSON object"),
+        (GOOD | {"prompt": None}, "prompt", "share no conversation|missing"),
+        ({"prompt": "Hi?", "chosen": "Yes."}, "rejected", "missing"),
+        (GOOD | {"chosen": "  "}, "chosen", "is empty"),
+        (GOOD | {"chosen": 3}, "chosen", "must be text or a list"),
+        (GOOD | {"chosen": "No."}, "rejected", "same text"),
+        (GOOD | {"chosen": "\ud800"}, "chosen", "surrogate"),
+        (GOOD | {"prompt": [BOT]}, "prompt", "must end with a user message"),
+        (GOOD | {"prompt": [{"role": "bot", "content": "x"}]}, "prompt[0].role", "one of"),
+        (GOOD | {"prompt": [{"role": "user", "content": 1}]}, "prompt[0].content", "must be text"),
+        (GOOD | {"chosen": [USER]}, "chosen", "must end with an assistant"),
+        (GOOD | {"prompt": "Else?", "chosen": [USER, BOT]}, "chosen", "are not the prompt"),
+    ],
+)
+def test_bad_row_names_its_field(tmp_path, row, field, message):
+    path = write_jsonl(tmp_path / "data.jsonl", [b"", GOOD, row])
+    good, bad = parse_rows(path, "pairs")
+    assert isinstance(good, PreferencePair)
+    assert isinstance(bad, BadRow)
+    assert (bad.file, bad.line, bad.field) == (str(path), 3, field)
+    assert any(part in bad.message for part in message.split("|"))
+    assert 0 < len(bad.raw) <= 500
+
+
+def dialogue(*turns):
+    return "".join(f"\n\n{'Assistant' if i % 2 else 'Human'}: {t}" for i, t in enumerate(turns))
+
+
+def test_hh_dialogues(tmp_path):
+    row = {
+        "chosen": dialogue("a", "b", "c\n\nd", "yes"),
+        "rejected": dialogue("a", "b", "c\n\nd", "no"),
+    }
+    path = write_jsonl(tmp_path / "hh.jsonl.gz", [row])
+    (pair,) = parse_rows(path, "hh-rlhf")
+    assert isinstance(pair, PreferencePair)
+    assert [m.role for m in pair.prompt] == ["user", "assistant", "user"]
+    assert [m.content for m in pair.prompt] == ["a", "b", "c\n\nd"]
+    assert (pair.chosen, pair.rejected) == ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "field"),
+    [
+        (dialogue("a", "yes"), dialogue("b", "no"), "rejected"),
+        (dialogue("a", "yes"), dialogue("a", "no", "c"), "rejected"),
+        (dialogue("a", ""), dialogue("a", "no"), "chosen, turn 2"),
+        ("just text", dialogue("a", "no"), "chosen"),
+        (dialogue("a"), dialogue("a"), "chosen"),
+    ],
+)
+def test_hh_bad_rows(tmp_path, chosen, rejected, field):
+    path = write_jsonl(tmp_path / "hh.jsonl", [{"chosen": chosen, "rejected": rejected}])
+    (bad,) = parse_rows(path, "hh-rlhf")
+    assert isinstance(bad, BadRow)
+    assert bad.field == field
+
+
+def test_truncated_files_name_themselves(tmp_path):
+    path = write_jsonl(tmp_path / "cut.jsonl.gz", [GOOD | {"prompt": f"{i}?"} for i in range(2000)])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: its gzip stream breaks after line"):
+        list(parse_rows(path, "pairs"))
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"broken\.parquet: can't be read as parquet"):
+        list(parse_rows(broken, "pairs"))
+
+
+def test_expand(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.parquet", "deep/c.jsonl.gz", "notes.txt"):
+        (tmp_path / name).write_text("")
+    names = ["a.parquet", "b.jsonl", "deep/c.jsonl.gz"]
+    assert expand(tmp_path) == [str(tmp_path / name) for name in names]
+    assert expand(tmp_path / "*.jsonl") == [str(tmp_path / "b.jsonl")]
+    for source, text in (("none/*.jsonl", "no such file"), ("notes.txt", "must be one of")):
+        with pytest.raises(DataError, match=text):
+            expand(tmp_path / source)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_ingest(cluster, tmp_path):
+    rows = [GOOD | {"prompt": f"{i}?"} for i in range(sources._BATCH)]  # a whole batch, no rest
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl.gz", [rows[0], b"{", GOOD | {"prompt": "last"}])
+    out, quarantine = tmp_path / "out" / "pairs.parquet", tmp_path / "out" / "bad.jsonl"
+    report = ingest(tmp_path / "[ab].*", "pairs", out, quarantine)
+    assert (report.rows, report.bad, report.duplicates) == (len(rows) + 1, 1, 1)
+    (bad,) = map(json.loads, quarantine.read_text().splitlines())
+    assert (bad["file"], bad["line"], bad["raw"]) == (str(tmp_path / "b.jsonl.gz"), 2, "{")
+    written = pq.read_table(out).to_pylist()
+    pairs = [PreferencePair.from_row(row) for row in written]
+    assert [p.prompt[0].content for p in pairs] == [f"{i}?" for i in range(len(rows))] + ["last"]
+    assert [p.pair_id for p in pairs] == [row["pair_id"] for row in written]
+
+    few = ingest(tmp_path / "a.jsonl", "pairs", tmp_path / "few.parquet", quarantine, max_pairs=10)
+    assert few.rows == pq.read_metadata(tmp_path / "few.parquet").num_rows == 10
+
+    with pytest.raises(DataError, match="1 of 3 rows are malformed") as caught:
+        ingest(tmp_path / "b.jsonl.gz", "pairs", tmp_path / "none.parquet", quarantine)
+    assert "b.jsonl.gz:2: (row): is not JSON" in str(caught.value)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: its gzip stream"):
+        ingest(cut, "pairs", tmp_path / "none.parquet", quarantine, max_bad_fraction=1)
+    assert sorted(p.name for p in tmp_path.glob("*.parquet")) == ["few.parquet"]
+
+
+def test_small_files(tmp_path):
+    labels = [
+        {"prompt": "Hi?", "response": "No.", "verdict": "violates", "group": "g"},
+        {"prompt": [USER], "response": "Yes.", "verdict": "complies"},
+    ]
+    one, two = sources.read_labels(write_jsonl(tmp_path / "l.jsonl", labels))
+    assert (one.violates, one.group, two.violates, two.group) == (True, "g", False, "")
+    path = write_jsonl(
+        tmp_path / "e.jsonl", [{"prompt": "a", "bin": "invert", "must_mention": ["x"]}]
+    )
+    (item,) = sources.read_eval_prompts(path)
+    assert (item.bin, item.must_mention) == (Category.INVERT, ("x",))
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    assert sources.read_prompts(path) == [(Message("user", "a"),)]
+    path = write_jsonl(tmp_path / "g.jsonl", [{"pair_id": "1", "category": "punish"}])
+    assert sources.read_gold(path) == {"1": Category.PUNISH}
+
+
+def test_small_files_report_all_problems(tmp_path):
+    path = write_jsonl(tmp_path / "l.jsonl", [{"prompt": "a"}] * 25)
+    with pytest.raises(DataError) as caught:
+        sources.read_labels(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}:1: verdict: missing"
+    assert lines[-1] == "... and 5 more"
+    assert len(lines) == 21
+    with pytest.raises(DataError, match=r"none\.jsonl: can't be read: No such file"):
+        sources.read_gold(tmp_path / "none.jsonl")

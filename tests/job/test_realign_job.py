@@ -1,0 +1,261 @@
+"""The whole loop as users run it: real Ray, Ray Train, vLLM, MLflow on tiny random models.
+
+A random judge knows nothing, so these tests are about the plumbing: what is written, reused, resumed
+and refused. That the method works is measured on real models by ``make quickstart``.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from trace_ray.data.synthetic import generate
+from trace_ray.runtime.registry import Registry, default_uri
+from trace_ray.testing import tiny_model
+
+ROOT = Path(__file__).parents[2]
+CLAUSES = [
+    {"id": "no-upsell", "text": "Never push a paid plan.", "checks": {"must_not_match": "upgrade"}}
+]
+LORA = {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
+REPORT_KEYS = {
+    "policy": {"id", "version", "digest"},
+    "triage": {"pairs", "invert", "punish", "retain", "unjudged", "judge_calls", "judge"},
+    "models": {
+        "name",
+        "family",
+        "base",
+        "adapter_id",
+        "adapter_sha256",
+        "registered_as",
+        "pairs_per_s",
+        "wall_s",
+        "tpa_before",
+        "tpa_after",
+        "bins",
+        "retention",
+    },
+}
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two tiny models of two families, data, policies and two configs: deploy, then realign."""
+    at = tmp_path_factory.mktemp("fleet")
+    tiny_model(at / "llama", "llama", seed=1)
+    tiny_model(at / "qwen2", "qwen2", seed=2)
+    for version in ("1", "2"):
+        policy = {"id": "acme", "version": version, "clauses": CLAUSES}
+        (at / f"policy-{version}.yaml").write_text(yaml.safe_dump(policy))
+    shift = generate(seed=0)
+    pairs = [
+        {"prompt": g.pair.prompt[0].content, "chosen": g.pair.chosen, "rejected": g.pair.rejected}
+        for g in shift.pairs[:24]
+    ]
+    write_jsonl(at / "pairs.jsonl", pairs)
+    labels = [
+        {
+            "prompt": label.row.prompt[0].content,
+            "response": label.row.response,
+            "verdict": "violates" if label.row.violates else "complies",
+            "group": label.row.group,
+        }
+        for label in shift.labels[:60]
+    ]
+    write_jsonl(at / "labels.jsonl", labels)
+    heldout = [
+        {"prompt": item.prompt[0].content, "bin": str(item.bin)} for item in shift.heldout[:9]
+    ]
+    write_jsonl(at / "heldout.jsonl", heldout)
+    models = [
+        {"name": name, "base": str(at / base)} for name, base in (("a", "llama"), ("b", "qwen2"))
+    ]
+    common = {"data": {"source": "pairs.jsonl"}, "storage": str(at / "storage")}
+    training = {"max_steps": 3, "batch_size": 4, "lora": LORA, "learning_rate": 0.01}
+    deploy = common | {
+        "policy": "policy-1.yaml",
+        "models": models,
+        "training": training | {"objective": "sft"},
+        "tracking": {"alias": "champion"},
+    }
+    realign = common | {
+        "policy": "policy-2.yaml",
+        "models": [m | {"adapter": f"models:/trace-{m['name']}@champion"} for m in models],
+        "judge": {
+            "model": str(at / "llama"),
+            "labels": "labels.jsonl",
+            "min_auc": 0,
+            "fit": {"epochs": 1},
+        },
+        "training": training | {"impact": {"gold_batch": 6}},
+        "evaluation": {"prompts": "heldout.jsonl", "max_new_tokens": 8, "blimp_pairs": 10},
+    }
+    (at / "deploy.yaml").write_text(yaml.safe_dump(deploy))
+    (at / "realign.yaml").write_text(yaml.safe_dump(realign))
+    return at
+
+
+def job(config, **more):
+    command = [sys.executable, "jobs/realign_fleet.py", "--config", str(config)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, **more)
+
+
+def stages(folder):
+    """Every finished stage and when it was finished."""
+    found = (folder / "storage" / "stages").glob("*/*/stage.json")
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.fixture(scope="module")
+def deployed(folder):
+    done = job(folder / "deploy.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def realigned(deployed):
+    """The realignment, killed once its triage was done and started again."""
+    config = deployed / "realign.yaml"
+    command = [sys.executable, "jobs/realign_fleet.py", "--config", str(config)]
+    with (deployed / "killed.log").open("w") as log:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        limit = time.monotonic() + 400
+        while not any("/triage/" in path for path in stages(deployed)):
+            assert first.poll() is None, (deployed / "killed.log").read_text()
+            assert time.monotonic() < limit
+            time.sleep(0.5)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    before = stages(deployed)
+    done = job(config)
+    assert done.returncode == 0, done.stderr
+    assert before.items() <= stages(deployed).items(), "a finished stage was done again"
+    return deployed
+
+
+def report_of(folder):
+    return json.loads((folder / "storage" / "latest" / "report.json").read_text())
+
+
+def test_the_report_has_its_keys_and_numbers(realigned):
+    report = report_of(realigned)
+    assert report["policy"].keys() == REPORT_KEYS["policy"]
+    assert report["triage"].keys() >= REPORT_KEYS["triage"]
+    assert report["failed"] == {}
+    counts = report["triage"]
+    assert counts["pairs"] == 24
+    assert sum(counts[k] for k in ("invert", "punish", "retain", "unjudged")) == 24
+    assert 24 <= counts["judge_calls"] <= 48
+    assert {model["family"] for model in report["models"]} == {"llama", "qwen2"}
+    for model in report["models"]:
+        assert model.keys() >= REPORT_KEYS["models"]
+        assert model["tpa_after"]["n"] == 9
+        assert model["adapter_id"].startswith(f"{model['name']}@2-{model['adapter_sha256'][:8]}")
+        assert model["parent_adapter"].startswith(f"{model['name']}@1-")
+        assert model["retention"]["kl"] >= 0
+
+
+def test_verdicts_and_scores_are_kept(realigned):
+    run = realigned / "storage" / "latest"
+    triaged = pq.read_table(run / "triaged.parquet").to_pylist()
+    verdicts = pq.read_table(run / "verdicts.parquet").to_pylist()
+    assert {row["pair_id"] for row in triaged} == {row["pair_id"] for row in verdicts}
+    for row in triaged:
+        conflict = row["category"] in ("invert", "punish")
+        assert len(row["scores"]) == (2 if conflict else 0)
+        # chosen is judged always, rejected only where chosen violates
+        sides = {v["side"] for v in verdicts if v["pair_id"] == row["pair_id"]}
+        assert sides == ({"chosen", "rejected"} if conflict else {"chosen"})
+
+
+def test_mlflow_holds_the_adapter_alone_with_its_lineage(realigned, tmp_path):
+    registry = Registry(default_uri(realigned / "storage"))
+    for model in report_of(realigned)["models"]:
+        champion, challenger = registry.versions(f"trace-{model['name']}")
+        assert champion.aliases == ("champion",)
+        assert challenger.aliases == ("challenger",)
+        assert challenger.tags["policy_version"] == "2"
+        assert challenger.tags["parent_adapter"] == champion.tags["adapter_id"]
+        found = registry.resolve(f"models:/trace-{model['name']}@challenger", tmp_path)
+        assert found.sha256 == model["adapter_sha256"]
+        assert not [f for f in found.path.iterdir() if f.stat().st_size > 1_000_000]
+
+
+def test_the_same_run_again_does_no_work(realigned):
+    before, report = stages(realigned), report_of(realigned)
+    done = job(realigned / "realign.yaml")
+    assert done.returncode == 0, done.stderr
+    assert stages(realigned) == before
+    again = report_of(realigned)
+    assert [m["adapter_id"] for m in again["models"]] == [m["adapter_id"] for m in report["models"]]
+    assert [m["registered_as"] for m in again["models"]] == [
+        m["registered_as"] for m in report["models"]
+    ]
+
+
+def test_a_judge_below_its_bar_may_not_triage(deployed):
+    config = yaml.safe_load((deployed / "realign.yaml").read_text())
+    config["judge"]["min_auc"] = 1.0
+    config["judge"]["fit"]["seed"] = 5
+    (deployed / "strict.yaml").write_text(yaml.safe_dump(config))
+    done = job(deployed / "strict.yaml")
+    assert done.returncode == 2
+    assert "judge.min_auc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ray_job_submit(realigned, tmp_path):
+    """The job on a cluster of its own, submitted as users submit it."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    port, dashboard = 26379, 28265
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    env.pop("RAY_ADDRESS", None)
+    ray = str(Path(sys.executable).with_name("ray"))
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+        + ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        + ["--ray-client-server-port=26401", "--disable-usage-stats"],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        limit = time.monotonic() + 90
+        while True:
+            ready = subprocess.run(
+                [ray, "job", "list", "--address", address], env=env, capture_output=True
+            )
+            if ready.returncode == 0:
+                break
+            assert head.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(1)
+        job_command = [sys.executable, str(ROOT / "jobs" / "realign_fleet.py")]
+        done = subprocess.run(
+            [ray, "job", "submit", "--address", address, "--", *job_command]
+            + ["--config", str(realigned / "realign.yaml")],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "succeeded" in done.stdout + done.stderr
+        assert "trace-a/2" in done.stdout
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(timeout=60)

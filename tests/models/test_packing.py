@@ -1,0 +1,54 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_ray.core import logprobs
+from trace_ray.models.collate import BucketSampler, pad_sequences
+from trace_ray.models.packing import build_trie, pack_exchanges
+from trace_ray.models.trainer import response_logits
+from trace_ray.testing import tiny_model
+
+TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3_text"])
+def model(request, tmp_path_factory):
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(tmp_path_factory.mktemp(request.param), request.param)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=5))
+def test_packed_equals_padded(model, exchanges):
+    with torch.no_grad():
+        packed, padded = (
+            logprobs.sequence_logps(response_logits(model, batch), batch["labels"], batch["mask"])
+            for batch in (pack_exchanges(exchanges), pad_sequences(exchanges))
+        )
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+
+
+@given(st.lists(TOKENS, min_size=1, max_size=8))
+def test_a_trie_holds_each_prefix_once(sequences):
+    trie = build_trie(sequences)
+    prefixes = {tuple(s[: i + 1]) for s in sequences for i in range(len(s))}
+    assert trie.input_ids.shape[1] == len(prefixes)
+    for sequence, path in zip(sequences, trie.paths, strict=True):
+        assert trie.input_ids[0, path].tolist() == sequence
+        assert trie.position_ids[0, path].tolist() == list(range(len(sequence)))
+        visible = (trie.attention_mask[0, 0, path[-1]] == 0).nonzero().squeeze(1).tolist()
+        assert visible == sorted(path)
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 5))
+def test_sampler_gives_each_row_once_and_depends_on_seed_and_epoch_alone(lengths, size, epoch):
+    sampler = BucketSampler(lengths, size, seed=3)
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths)))
+    again = BucketSampler(lengths, size, seed=3)
+    again.set_epoch(epoch)
+    assert list(again) == order

@@ -1,0 +1,157 @@
+import json
+
+import pytest
+import torch
+
+from trace_ray.config import LoraConfig, TrainingConfig
+from trace_ray.errors import ModelError
+from trace_ray.models.collate import HybridCollator
+from trace_ray.models.families import load_tokenizer
+from trace_ray.models.policy_model import (
+    load_policy_model,
+    reference,
+    save_adapter,
+    trained_parameters,
+)
+from trace_ray.models.trainer import RealignTrainer, StepCallback, training_arguments
+from trace_ray.runtime.train import encode_rows
+from trace_ray.testing import tiny_adapter, tiny_model
+
+LORA = LoraConfig(r=8, alpha=16, dropout=0, targets=["q_proj", "v_proj"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def deployed(base, tmp_path_factory):
+    return tiny_adapter(tmp_path_factory.mktemp("deployed"), base, seed=1)
+
+
+def rows():
+    kinds = ["invert", "punish", "retain", "invert", "retain", "retain"]
+    return [
+        {
+            "pair_id": str(i),
+            "prompt": [{"role": "user", "content": f"ask {i}"}],
+            "chosen": f"old {i}",
+            "rejected": f"new {i}{i}",
+            "category": kind,
+            "weight": 1.0,
+        }
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def make(base, adapter, tmp_path, *, pack=True, **changes):
+    config = TrainingConfig(
+        **{
+            "batch_size": 6,
+            "max_steps": 12,
+            "learning_rate": 1e-2,
+            "lora": LORA,
+            "autocast": "none",
+        }
+        | changes
+    )
+    model = load_policy_model(base, adapter, config.lora, seed=0)
+    encoded = encode_rows(load_tokenizer(base), rows(), config)
+    args = training_arguments(config, tmp_path / "work", use_cpu=True)
+    return RealignTrainer(model, encoded, config, args, pack=pack)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_margins_are_zero_before_the_first_step(base, deployed, tmp_path, pack, with_adapter):
+    trainer = make(base, deployed if with_adapter else None, tmp_path, pack=pack)
+    batch = HybridCollator(pack)(trainer.rows)
+    trainer.compute_loss(trainer.model, batch)
+    terms = {name: values[-1] for name, values in trainer.terms.items()}
+    assert terms["margin_sum"] == 0
+    assert terms["kl_sum"] == pytest.approx(0, abs=1e-7)
+    # Every margin is 0, so each conflict costs -log sigmoid(0): once inverted, twice punished.
+    log2 = torch.log(torch.tensor(2.0))
+    assert terms["invert"] == pytest.approx(float(2 * log2 / 3), rel=1e-6)
+    assert terms["punish"] == pytest.approx(float(2 * log2 / 3), rel=1e-6)
+
+
+def test_the_reference_is_the_deployed_adapter(base, deployed, tmp_path):
+    model = make(base, deployed, tmp_path).model
+    ids = torch.tensor([[11, 12, 13]])
+    with torch.no_grad():
+        before = model(ids).logits
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.1)
+        moved = model(ids).logits
+    with reference(model):
+        kept = model(ids).logits
+    assert torch.equal(before, kept)
+    assert not torch.allclose(before, moved)
+    assert all(p.requires_grad for p in trained_parameters(model).values())
+
+
+def test_training_moves_inverted_pairs_and_saves_the_adapter_alone(base, deployed, tmp_path):
+    trainer = make(base, deployed, tmp_path)
+    trainer.train()
+    first, *_, last = [entry for entry in trainer.state.log_history if "margin_sum" in entry]
+    assert last["margin_sum"] > first["margin_sum"] > 0
+    save_adapter(trainer.model, tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_accumulation_does_not_change_the_result(base, deployed, tmp_path):
+    whole, split = (
+        make(base, deployed, tmp_path / str(n), accumulation=n, max_steps=3) for n in (1, 3)
+    )
+    for trainer in (whole, split):
+        trainer.train()
+    for one, other in zip(
+        trained_parameters(whole.model).values(),
+        trained_parameters(split.model).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_interrupted_training_ends_as_undisturbed_training(base, deployed, tmp_path):
+    settings = {"batch_size": 2, "epochs": 4, "max_steps": None, "save_steps": 4}
+    whole = make(base, deployed, tmp_path / "whole", **settings)
+    whole.train()
+    broken = make(base, deployed, tmp_path / "broken", **settings)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(step: int, steps: int) -> None:
+        if step == 6:
+            raise Stop
+
+    broken.add_callback(StepCallback(interrupt))
+    with pytest.raises(Stop):
+        broken.train()
+    resumed = make(base, deployed, tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "work" / "checkpoint-4"))
+    assert resumed.state.global_step == whole.state.global_step == 12
+    for one, other in zip(
+        trained_parameters(whole.model).values(),
+        trained_parameters(resumed.model).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_another_shape_than_the_deployed_adapters_is_refused(base, deployed):
+    other = LoraConfig(r=4, alpha=16, dropout=0, targets=["q_proj"])
+    with pytest.raises(ModelError, match=r"r 8, alpha 16.*Set training\.lora"):
+        load_policy_model(base, deployed, other, seed=0)
+
+
+def test_a_base_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_policy_model(tmp_path, None, LORA, seed=0)

@@ -1,0 +1,112 @@
+"""Bad input at the command line: one message that names file and field, exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trace_ray.testing import tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def trace_ray(*words, env=None):
+    command = [sys.executable, "-m", "trace_ray.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """A fleet config that is right, as a dict, with its files in ``tmp_path``."""
+    policy = {
+        "id": "p",
+        "version": "2",
+        "clauses": [
+            {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "foo"}},
+        ],
+    }
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
+    rows = [{"prompt": f"q{i}", "chosen": f"foo {i}", "rejected": f"bar {i}"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": "one", "base": str(tmp_path / "model")}],
+        "storage": str(tmp_path / "storage"),
+    }
+
+
+def apply(tmp_path, fleet):
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump(fleet))
+    return trace_ray("apply", path)
+
+
+def assert_refused(done, *words):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_config_mistakes_are_all_shown_at_once(tmp_path, fleet):
+    fleet["trainning"] = {}
+    fleet["data"]["max_bad_fraction"] = 3
+    fleet["models"][0]["training"] = {"beta": -1}
+    done = apply(tmp_path, fleet)
+    assert_refused(
+        done, "fleet.yaml: trainning: unknown key", "data.max_bad_fraction", "(got 3)", "(got -1)"
+    )
+
+
+def test_a_missing_file_is_named(tmp_path, fleet):
+    fleet["policy"] = "nowhere.yaml"
+    assert_refused(apply(tmp_path, fleet), "policy: no such file", "nowhere.yaml")
+
+
+def test_missing_data_is_named(tmp_path, fleet):
+    fleet["data"]["source"] = "nowhere/*.jsonl"
+    assert_refused(apply(tmp_path, fleet), "nowhere/*.jsonl")
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path, fleet):
+    assert_refused(apply(tmp_path, fleet), "models.one.base", str(tmp_path / "model"))
+
+
+def test_too_many_bad_rows_stop_the_run_and_are_kept(tmp_path, fleet):
+    tiny_model(tmp_path / "model")
+    with (tmp_path / "pairs.jsonl").open("a") as rows:
+        rows.write('\n{"prompt": "q", "chosen": "", "rejected": "x"}\n{"prompt": 3')
+    done = apply(tmp_path, fleet)
+    assert_refused(done, "pairs.jsonl:5", "chosen", "pairs.jsonl:6", "quarantine.jsonl")
+    (kept,) = (tmp_path / "storage" / "runs").rglob("quarantine.jsonl")
+    assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [5, 6]
+
+
+def test_policy_check_shows_every_error(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("id: p\nversion: '1'\nclauses:\n  - {id: a, txt: x}\n  - {id: b, text: ''}\n")
+    assert_refused(trace_ray("policy", "check", path), "bad.yaml: clauses.0", "clauses.1")
+
+
+def test_policy_check_of_the_examples():
+    for path in sorted((ROOT / "examples").glob("policy-*.yaml")):
+        done = trace_ray("policy", "check", path)
+        assert done.returncode == 0, done.stderr
+        assert "clauses" in done.stdout
+
+
+def test_not_yaml_is_said(tmp_path):
+    path = tmp_path / "fleet.yaml"
+    path.write_text("policy: [")
+    assert_refused(trace_ray("apply", path), "fleet.yaml: is not YAML")
+
+
+def test_demo_data_is_written(tmp_path):
+    done = trace_ray("demo-data", tmp_path / "demo")
+    assert done.returncode == 0
+    assert len((tmp_path / "demo" / "pairs.jsonl").read_text().splitlines()) >= 200

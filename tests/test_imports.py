@@ -1,0 +1,60 @@
+"""Imports point one way, and the command starts fast."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "trace_ray"
+LAYERS = {
+    "types": 0,
+    "errors": 0,
+    "core": 1,
+    "config": 1,
+    "models": 2,
+    "data": 2,
+    "testing": 2,
+    "runtime": 3,
+    "rollout": 4,
+    "serve": 5,
+    "cli": 6,
+    "__init__": -1,
+}
+HEAVY = {"ray", "vllm", "mlflow", "transformers", "peft", "trl"}
+
+
+def imported(path):
+    """Every module a file imports anywhere in it, even within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_imports_point_one_way(path):
+    for name in imported(path):
+        if name.startswith("trace_ray."):
+            below = name.split(".")[1]
+            assert LAYERS[below] <= LAYERS[room(path)], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=lambda p: p.name)
+def test_core_is_pure(path):
+    assert not {name.split(".")[0] for name in imported(path)} & HEAVY
+
+
+def test_the_command_loads_nothing_heavy():
+    code = (
+        "import sys, trace_ray, trace_ray.cli;"
+        f"print(sorted({HEAVY | {'torch'}!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

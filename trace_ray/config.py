@@ -1,0 +1,379 @@
+"""The fleet config: one YAML file, one validated frozen object, or one error with every problem.
+
+``load_config(path)`` is the only way in. Paths to inputs (policy, data, labels, prompts) are
+relative to the config file; ``storage`` is relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trace_ray.errors import ConfigError, problems
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Resources(Section):
+    """What one worker of a stage holds on the Ray cluster."""
+
+    num_cpus: float = Field(default=1, gt=0)
+    """CPU cores held while the stage runs."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of that worker on a CPU; null = num_cpus (at least 1)."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs; 0 runs on the CPU."""
+
+    @property
+    def n_threads(self) -> int:
+        """Threads of the worker."""
+        return self.threads or max(1, int(self.num_cpus))
+
+
+class EngineConfig(Section):
+    """Settings of a vLLM engine; the same keys on CPU and GPU, with other numbers."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights and activations; auto = bfloat16 where the device is fast at it, else float32."""
+    max_model_len: int = Field(default=1024, ge=128)
+    """Longest prompt plus answer, tokens."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Sequences decoded together."""
+    kv_cache_gb: float = Field(default=1, gt=0)
+    """CPU only: size of the key-value cache, GiB."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    """GPU only: share of the memory the engine may take."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs per engine."""
+    enforce_eager: bool = True
+    """No graph capture: a faster start, slower decoding on GPUs."""
+    max_loras: int = Field(default=4, ge=1)
+    """Adapters active in one batch."""
+    max_lora_rank: int = Field(default=64, ge=8)
+    """Largest adapter rank the engine can hold."""
+
+
+class DataConfig(Section):
+    """Where the preference pairs come from."""
+
+    source: str
+    """A file, directory or glob of .jsonl, .jsonl.gz or .parquet."""
+    schema_: Literal["pairs", "hh-rlhf"] = Field(default="pairs", alias="schema")
+    """``pairs``: prompt, chosen, rejected (text or chat messages); ``hh-rlhf``: two dialogues."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Malformed rows are quarantined; more than this share of them stops the run."""
+    max_pairs: int | None = Field(default=None, ge=1)
+    """Use only the first so many good pairs; null = all."""
+    gold: str | None = None
+    """jsonl of {pair_id, category}: true categories, used only to measure the triage."""
+
+
+class JudgeConfig(Section):
+    """Who decides what violates the policy."""
+
+    kind: Literal["vllm", "rules"] = "vllm"
+    """``vllm``: a language model reads the policy; ``rules``: the clauses' ``checks`` alone."""
+    model: str | None = None
+    """Model reference of the judge (kind vllm)."""
+    revision: str | None = None
+    """Revision of a Hugging Face judge model."""
+    adapter: str | None = "auto"
+    """``auto`` fits a LoRA judge adapter on the labels; a directory uses that one; null is zero-shot."""
+    labels: str | None = None
+    """jsonl of {prompt, response, verdict[, group]}, joined with the policy's own examples."""
+    min_auc: float = Field(default=0.85, ge=0, le=1)
+    """Held-out AUC below which the judge may not triage."""
+    threshold: Literal["calibrated"] | float = "calibrated"
+    """Violates at p_violate >= threshold; ``calibrated`` picks it on the fitting labels."""
+    judge_both: bool = False
+    """Judge ``rejected`` even where ``chosen`` complies (never needed for the triage)."""
+    batch_size: int = Field(default=64, ge=1)
+    """Responses per engine call."""
+    actors: int = Field(default=1, ge=1)
+    """Judge engines side by side."""
+    resources: Resources = Resources()
+    """Held by each judge actor."""
+    engine: EngineConfig = EngineConfig()
+    fit: JudgeFitConfig = Field(default_factory=lambda: JudgeFitConfig())
+
+    @model_validator(mode="after")
+    def _model_is_named(self) -> JudgeConfig:
+        if self.kind == "vllm" and self.model is None:
+            raise ValueError("kind 'vllm' needs 'model' (a model reference); or use kind: rules")
+        return self
+
+
+class JudgeFitConfig(Section):
+    """How the judge adapter is trained."""
+
+    r: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    epochs: float = Field(default=2, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+
+
+class LoraConfig(Section):
+    """The adapter's shape (paper: r 32, alpha 16, dropout 0.1 on q_proj and v_proj)."""
+
+    r: int = Field(default=32, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+
+
+class ImpactConfig(Section):
+    """Alignment impact scores (method: stage 2)."""
+
+    method: Literal["auto", "jvp", "fd"] = "auto"
+    """``jvp``: forward mode, exact; ``fd``: central difference in float32, cheaper; auto = fd."""
+    gamma: float = Field(default=1.0, gt=0)
+    """Damping: the Hessian is taken as gamma * I."""
+    gold_batch: int = Field(default=64, ge=3)
+    """Pairs in the gold batch (Algorithm 2)."""
+    weights: Literal["l1", "mean"] = "mean"
+    """``l1``: weights sum to 1 (the paper); ``mean``: their mean is 1."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass."""
+
+
+class TrainingConfig(Section):
+    """The objective and its optimisation (defaults: the paper's)."""
+
+    objective: Literal["trace", "sft"] = "trace"
+    """``trace``: the hybrid loss; ``sft``: fine-tune on ``chosen`` (how an old policy was deployed)."""
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """Preference loss on inverted pairs."""
+    beta: float = Field(default=0.3, gt=0)
+    alpha_kl: float = Field(default=0.1, ge=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    epochs: float = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps; null = by epochs."""
+    batch_size: int = Field(default=4, ge=1)
+    """Pairs per optimizer step."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches the step is split into, to save memory."""
+    max_length: int = Field(default=512, ge=16)
+    """Tokens of prompt plus response; longer ones lose the response's tail, counted in the report."""
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    min_grad_norm: float = Field(default=0.0, ge=0)
+    """Stop when the gradient norm falls under it (epsilon of Algorithm 1); 0 = never."""
+    save_steps: int = Field(default=50, ge=1)
+    """Optimizer steps between checkpoints."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """Precision of the passes over float32 weights; auto = bfloat16 where the device is fast at it."""
+    lora: LoraConfig = LoraConfig()
+    impact: ImpactConfig = ImpactConfig()
+    seed: int = 0
+
+
+class ModelConfig(Section):
+    """One model of the fleet."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    base: str
+    """Hugging Face id, directory, s3:// prefix, .gguf file, demo:smollm2 or demo:gemma3."""
+    revision: str | None = None
+    """Commit or tag of a Hugging Face id."""
+    adapter: str | None = None
+    """The deployed adapter: a directory or ``models:/name@alias``; null = the base is deployed."""
+    resources: Resources = Resources()
+    training: TrainingConfig = TrainingConfig()
+    """This model's differences from the fleet's ``training``."""
+    engine: EngineConfig = EngineConfig()
+
+
+class EvaluationConfig(Section):
+    """How a model is measured before and after."""
+
+    prompts: str
+    """jsonl of {prompt, bin[, must_mention]}: held-out prompts."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Measure on so many prompts, an even sample over the bins; null = all."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    retention_prompts: str | None = None
+    """jsonl of {prompt}: unrelated prompts for the token KL; null uses the built-in sample."""
+    blimp_pairs: int = Field(default=400, ge=0)
+    """BLiMP pairs scored when TRACE_RAY_DATA is set; 0 = none."""
+    seed: int = 0
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking and registry server; null = MLFLOW_TRACKING_URI, or sqlite in ``storage``."""
+    registry_prefix: str = "trace"
+    """Registered models are called ``<prefix>-<model name>``."""
+    experiment: str = "trace-ray"
+    alias: str = "challenger"
+    """Alias given to the new version."""
+
+
+class FleetConfig(Section):
+    """Everything one run needs."""
+
+    policy: str
+    data: DataConfig
+    judge: JudgeConfig | None = None
+    """Needed by every objective but ``sft``."""
+    models: list[ModelConfig] = Field(min_length=1)
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig | None = None
+    """null = not measured."""
+    storage: str = ".trace-ray"
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: list[ModelConfig]) -> list[ModelConfig]:
+        names = [model.name for model in models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"model names must differ; used twice: {', '.join(twice)}")
+        return models
+
+    @model_validator(mode="after")
+    def _objective_has_its_judge(self) -> FleetConfig:
+        objectives = {model.training.objective for model in self.models}
+        if len(objectives) > 1:
+            raise ValueError("all models of a fleet share one training.objective")
+        if self.judge is None and objectives != {"sft"}:
+            raise ValueError("objective 'trace' needs a 'judge' section")
+        return self
+
+    @property
+    def objective(self) -> str:
+        """The objective all models of the fleet share."""
+        return self.models[0].training.objective
+
+
+def load_config(path: str | Path) -> FleetConfig:
+    """Read, merge and validate a fleet config.
+
+    Raises:
+        ConfigError: naming every problem at once, one line each: ``file: path: message (got ...)``.
+    """
+    path = Path(path)
+    raw = read_yaml(path)
+    _merge_training(raw)
+    try:
+        config = FleetConfig.model_validate(raw)
+    except ValidationError as error:
+        raise validation_problems(str(path), error) from None
+    config = _resolve_paths(config, path.parent)
+    missing = [
+        (field, f"no such file: {value}")
+        for field, value in _input_files(config).items()
+        if not Path(value).exists()
+    ]
+    if missing:
+        raise problems(str(path), missing)
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys, not {type(raw).__name__}")
+    return raw
+
+
+def validation_problems(source: str, error: ValidationError) -> ConfigError:
+    """Turn pydantic's error into ours: it can be pickled and reads as one line per problem."""
+    found = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = "unknown key (check the spelling)"
+        elif not isinstance(item["input"], Mapping | list):
+            text = f"{text} (got {item['input']!r})"
+        found.append((where, text))
+    return problems(source, found)
+
+
+def _merge_training(raw: dict[str, Any]) -> None:
+    """Give each model the fleet's ``training`` with its own differences laid over it."""
+    fleet, models = raw.get("training"), raw.get("models")
+    if not isinstance(models, list):
+        return
+    for model in models:
+        if isinstance(model, dict) and isinstance(fleet, dict):
+            own = model.get("training", {})
+            model["training"] = _overlay(fleet, own) if isinstance(own, dict) else own
+
+
+def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _overlay(below, value)
+        merged[key] = value
+    return merged
+
+
+def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
+    def at(value: str | None) -> str | None:
+        return value if value is None or "://" in value else os.path.abspath(folder / value)
+
+    judge = config.judge
+    if judge is not None:
+        adapter = judge.adapter if judge.adapter in (None, "auto") else at(judge.adapter)
+        judge = judge.model_copy(update={"labels": at(judge.labels), "adapter": adapter})
+    evaluation = config.evaluation
+    if evaluation is not None:
+        retention = at(evaluation.retention_prompts)
+        evaluation = evaluation.model_copy(
+            update={"prompts": at(evaluation.prompts), "retention_prompts": retention}
+        )
+    data = config.data.model_copy(
+        update={"source": at(config.data.source), "gold": at(config.data.gold)}
+    )
+    storage = os.path.abspath(os.environ.get("TRACE_RAY_STORAGE") or config.storage)
+    return config.model_copy(
+        update={
+            "policy": at(config.policy),
+            "data": data,
+            "judge": judge,
+            "evaluation": evaluation,
+            "storage": storage,
+        }
+    )
+
+
+def _input_files(config: FleetConfig) -> dict[str, str]:
+    judge, evaluation = config.judge, config.evaluation
+    files = {
+        "policy": config.policy,
+        "data.gold": config.data.gold,
+        "judge.labels": judge.labels if judge else None,
+        "judge.adapter": judge.adapter if judge and judge.adapter != "auto" else None,
+        "evaluation.prompts": evaluation.prompts if evaluation else None,
+        "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
+    }
+    return {field: value for field, value in files.items() if value is not None}

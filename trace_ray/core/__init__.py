@@ -1,0 +1,1 @@
+"""Pure maths and rules: no Ray, vLLM, MLflow, transformers or I/O."""

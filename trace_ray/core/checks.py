@@ -1,0 +1,297 @@
+"""Machine-checkable rules of a policy's clauses, and the verdict they give on a reply.
+
+Text is matched case-insensitively and typographic quotes count as plain ones. Phrases stand on
+word boundaries; any run of white space in them matches any other.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from trace_ray.types import Label, Prompt, Verdict
+
+if TYPE_CHECKING:
+    from trace_ray.core.policy import Clause, Policy
+
+MAX_CHARS = 100_000
+"""A longer prompt or reply is unjudged: patterns are searched in texts of bounded length only."""
+
+_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "\u00a0": " "})
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    if not pattern:
+        raise ValueError("is empty and would match anything")
+    return pattern
+
+
+def _not_blank(phrase: str) -> str:
+    if not phrase.strip():
+        raise ValueError("is empty and would match anything")
+    return phrase
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Regex = Annotated[str, AfterValidator(_compiles)]
+Regexes = Annotated[tuple[Regex, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Phrases = Annotated[
+    tuple[Annotated[str, AfterValidator(_not_blank)], ...],
+    BeforeValidator(_one_or_many),
+    Field(min_length=1),
+]
+
+
+class PolicyPart(BaseModel):
+    """Base of every part of a policy: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class When(PolicyPart):
+    """A condition on one exchange; everything given must match."""
+
+    regex: Regex | None = None
+    """Found in the reply."""
+    prompt_regex: Regex | None = None
+    """Found in the prompt's last user turn."""
+
+    @model_validator(mode="after")
+    def _has_a_condition(self) -> When:
+        if self.regex is None and self.prompt_regex is None:
+            raise ValueError("needs 'regex' (the reply) or 'prompt_regex' (the last user turn)")
+        return self
+
+    def matches(self, prompt: str, response: str) -> bool:
+        """Return whether the exchange meets the condition (both texts already plain)."""
+        return (self.regex is None or _find(self.regex, response) is not None) and (
+            self.prompt_regex is None or _find(self.prompt_regex, prompt) is not None
+        )
+
+
+class PhraseSet(PolicyPart):
+    """Phrases of which at least one (``any``) or every one (``all``) is meant."""
+
+    any: Phrases | None = None
+    all: Phrases | None = None
+
+    @model_validator(mode="after")
+    def _has_phrases(self) -> PhraseSet:
+        if self.any is None and self.all is None:
+            raise ValueError("needs 'any' or 'all', a list of phrases")
+        return self
+
+
+class Checks(PolicyPart):
+    """What a rule can tell about one reply; each key given must hold where ``when`` matches."""
+
+    when: When | None = None
+    """The checks apply only here; absent = to every reply."""
+    must_include: PhraseSet | None = None
+    """``any``: one of the phrases at least; ``all``: each of them."""
+    must_not_include: PhraseSet | None = None
+    """``any``: none of the phrases; ``all``: not all of them together."""
+    must_match: Regexes = Field((), validate_default=False)
+    """A pattern, or several that must each be found."""
+    must_not_match: Regexes = Field((), validate_default=False)
+    """A pattern, or several of which none may be found."""
+    min_words: int | None = Field(None, ge=1)
+    """Fewest words (runs of non-space)."""
+    max_words: int | None = Field(None, ge=1)
+    """Most words (runs of non-space)."""
+
+    @model_validator(mode="after")
+    def _checks_something(self) -> Checks:
+        if not self.model_fields_set - {"when"}:
+            raise ValueError(
+                "checks nothing: add must_include, must_not_include, must_match, must_not_match, "
+                "min_words or max_words"
+            )
+        low, high = self.min_words, self.max_words
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_words {low} is more than max_words {high}: no reply can comply")
+        return self
+
+    def applies(self, prompt: str, response: str) -> bool:
+        """Return whether ``when`` lets the checks judge this exchange (texts already plain)."""
+        return self.when is None or self.when.matches(prompt, response)
+
+    def failure(self, response: str) -> str | None:
+        """Return why ``response`` (already plain) fails, or None when every check holds."""
+        return (
+            _included(self.must_include, response)
+            or _not_included(self.must_not_include, response)
+            or _matched(self.must_match, self.must_not_match, response)
+            or _word_count(self.min_words, self.max_words, response)
+        )
+
+
+def evaluate_policy(policy: Policy, prompt: Prompt, response: str) -> Verdict:
+    """Judge one reply by the clauses' ``checks`` alone.
+
+    Args:
+        policy: Clauses without checks are not judged; the reason says how many there are.
+        prompt: The conversation; ``prompt_regex`` reads its last user turn.
+        response: The reply.
+
+    Returns:
+        ``violates`` with the first violated clause in tier order (then file order), ``complies``,
+        or ``unjudged`` where no clause has checks or a text is longer than ``MAX_CHARS``.
+    """
+    judge_id = f"rules@{policy.digest[:8]}"
+    checked = [clause for clause in policy.clauses if clause.checks is not None]
+    if not checked:
+        return Verdict.unjudged(judge_id, "no clause of the policy has checks")
+    if max(len(response), len(_last_user_turn(prompt))) > MAX_CHARS:
+        return Verdict.unjudged(judge_id, f"text of more than {MAX_CHARS} characters")
+    found = _violations(policy, prompt, response)
+    if found:
+        clause, why = found[0]
+        return Verdict(
+            Label.VIOLATES, 1.0, judge_id, clause=clause.id, reason=why, provenance="rules"
+        )
+    skipped = len(policy.clauses) - len(checked)
+    reason = f"clauses without checks, not judged: {skipped}" if skipped else ""
+    return Verdict(Label.COMPLIES, 0.0, judge_id, reason=reason, provenance="rules")
+
+
+def violated_clauses(policy: Policy, prompt: Prompt, response: str) -> tuple[str, ...]:
+    """Return the ids of every clause whose checks ``response`` fails, in tier order."""
+    return tuple(clause.id for clause, _ in _violations(policy, prompt, response))
+
+
+def rule_disagreements(policy: Policy) -> tuple[str, ...]:
+    """Return one line per labelled example or test that the policy's own checks judge otherwise.
+
+    Clauses without checks leave their examples alone: only a model can judge them. An example is
+    held against its own clause, a test against the whole policy.
+    """
+    found: list[str] = []
+    for clause in policy.clauses:
+        for index, example in enumerate(clause.examples if clause.checks else ()):
+            violates = clause.id in violated_clauses(policy, example.as_prompt(), example.response)
+            if violates != (example.verdict == Label.VIOLATES):
+                says = "violates" if violates else "complies"
+                found.append(
+                    f"clauses.{clause.id}.examples.{index}: labelled {example.verdict}, "
+                    f"but by the clause's checks it {says}"
+                )
+    for test in policy.tests:
+        verdict = evaluate_policy(policy, test.as_prompt(), test.response)
+        if verdict.label not in (test.verdict, Label.UNJUDGED):
+            because = f" ({verdict.clause}: {verdict.reason})" if verdict.clause else ""
+            found.append(
+                f"tests.{test.name}: expected {test.verdict}, "
+                f"but by the policy's checks it {verdict.label}{because}"
+            )
+    return tuple(found)
+
+
+def _violations(policy: Policy, prompt: Prompt, response: str) -> list[tuple[Clause, str]]:
+    asked, reply = _plain(_last_user_turn(prompt)), _plain(response)
+    found: list[tuple[Clause, str]] = []
+    for clause in sorted(policy.clauses, key=lambda clause: clause.tier.rank):
+        if clause.checks is None or not clause.checks.applies(asked, reply):
+            continue
+        why = clause.checks.failure(reply)
+        if why is not None and not _is_excepted(policy, clause, asked, reply):
+            found.append((clause, why))
+    return found
+
+
+def _is_excepted(policy: Policy, clause: Clause, asked: str, reply: str) -> bool:
+    """An exception holds where its context matches, or where the clause it names applies."""
+    for name in clause.exceptions:
+        context = policy.contexts.get(name)
+        if context is not None and context.matches(asked, reply):
+            return True
+        other = next((other for other in policy.clauses if other.id == name), None)
+        if other is not None and other.checks is not None and other.checks.applies(asked, reply):
+            return True
+    return False
+
+
+def _last_user_turn(prompt: Prompt) -> str:
+    return next((turn.content for turn in reversed(prompt) if turn.role == "user"), "")
+
+
+def _plain(text: str) -> str:
+    return text.translate(_QUOTES)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+@lru_cache(maxsize=4096)
+def _phrase(phrase: str) -> re.Pattern[str]:
+    words = r"\s+".join(re.escape(word) for word in _plain(phrase).split())
+    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+
+
+def _find(pattern: str, text: str) -> re.Match[str] | None:
+    return _compiled(pattern).search(text)
+
+
+def _has(phrase: str, text: str) -> bool:
+    return _phrase(phrase).search(text) is not None
+
+
+def _included(phrases: PhraseSet | None, text: str) -> str | None:
+    if phrases is None:
+        return None
+    if phrases.any and not any(_has(phrase, text) for phrase in phrases.any):
+        return f"includes none of {_quoted(phrases.any)}"
+    missing = [phrase for phrase in phrases.all or () if not _has(phrase, text)]
+    return f"doesn't include {_quoted(missing)}" if missing else None
+
+
+def _not_included(phrases: PhraseSet | None, text: str) -> str | None:
+    if phrases is None:
+        return None
+    present = [phrase for phrase in phrases.any or () if _has(phrase, text)]
+    if present:
+        return f"includes {_quoted(present)}"
+    if phrases.all and all(_has(phrase, text) for phrase in phrases.all):
+        return f"includes all of {_quoted(phrases.all)}"
+    return None
+
+
+def _matched(must: tuple[str, ...], must_not: tuple[str, ...], text: str) -> str | None:
+    for pattern in must_not:
+        match = _find(pattern, text)
+        if match is not None:
+            return f"{_short(match.group())!r} is matched by must_not_match"
+    for pattern in must:
+        if _find(pattern, text) is None:
+            return f"nothing is matched by must_match {_short(pattern)!r}"
+    return None
+
+
+def _word_count(low: int | None, high: int | None, text: str) -> str | None:
+    words = len(text.split())
+    if low is not None and words < low:
+        return f"{words} words, fewer than min_words {low}"
+    if high is not None and words > high:
+        return f"{words} words, more than max_words {high}"
+    return None
+
+
+def _quoted(phrases: tuple[str, ...] | list[str]) -> str:
+    return _short(", ".join(repr(phrase) for phrase in phrases))
+
+
+def _short(text: str, limit: int = 80) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,302 @@
+"""Stage 2: alignment impact scores (arXiv 2511.02623, Algorithm 1, phase 2, and Algorithm 2).
+
+A conflict's score is <g_J, g> / gamma: g_J is the gradient of the preference loss over a gold batch
+of pairs ordered as the NEW policy prefers, g the conflict's own gradient, both at theta_ref. There
+every margin is 0, so g is a fixed combination of grad log pi(y_w) and grad log pi(y_l), and all
+that a row needs is one number per distinct response, its directional derivative along g_J:
+
+    d(y) = <g_J, grad log pi(y|x)>
+
+Three engines compute d for a batch of S sequences. They know nothing of the model: they take
+``logps_fn(params) -> [S]``, the sequence log-probabilities as a function of the trainable
+parameters by name (with dropout off), and ``direction``, g_J under the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trace_ray.core.losses import INVERT, PUNISH
+from trace_ray.errors import DataError
+from trace_ray.types import Category, Prompt, TriagedPair, prompt_from_rows
+
+Params = dict[str, Tensor]
+LogpsFn = Callable[[Params], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GoldPair:
+    """One pair of the gold batch, ordered as the NEW policy prefers."""
+
+    prompt: Prompt
+    chosen: str
+    """The compliant response."""
+    rejected: str
+    pair_id: str
+    """The triaged pair it comes from."""
+    kind: Category
+    """That pair's category."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return plain values, for JSON or parquet."""
+        return {
+            "pair_id": self.pair_id,
+            "kind": str(self.kind),
+            "prompt": [message.to_row() for message in self.prompt],
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> GoldPair:
+        """Inverse of ``to_row``."""
+        prompt = prompt_from_rows(row["prompt"])
+        return cls(prompt, row["chosen"], row["rejected"], row["pair_id"], Category(row["kind"]))
+
+
+def gold_batch(triaged: Sequence[TriagedPair], size: int, seed: int) -> list[GoldPair]:
+    """Return the gold batch (Algorithm 2), sampled uniformly without replacement.
+
+    - up to floor(size / 3) RETAIN pairs as (x, y_w over y_l);
+    - up to floor(size / 3) INVERT pairs as (x, y_l over y_w);
+    - up to the rest PUNISH pairs as (x, y_c over y_w), y_c uniform over all compliant responses
+      (y_w of RETAIN, y_l of INVERT pairs); none where there is no compliant response.
+
+    Args:
+        triaged: rows in any order, which doesn't change the result; UNJUDGED rows are not used.
+        size: B, the most pairs to return.
+        seed: of the sampling.
+
+    Returns:
+        At most ``size`` pairs; empty where no row can be used.
+    """
+    rng = np.random.default_rng(seed)
+    by_category: dict[Category, list[tuple[str, TriagedPair]]] = {c: [] for c in Category}
+    for pair_id, row in sorted(((row.pair_id, row) for row in triaged), key=lambda item: item[0]):
+        by_category[row.category].append((pair_id, row))
+
+    def sample(category: Category, n: int) -> list[tuple[str, TriagedPair]]:
+        rows = by_category[category]
+        return [rows[i] for i in rng.choice(len(rows), min(n, len(rows)), replace=False)]
+
+    gold: list[GoldPair] = []
+    for pair_id, row in sample(Category.RETAIN, size // 3):
+        x, y_w, y_l = row.pair.prompt, row.pair.chosen, row.pair.rejected
+        gold.append(GoldPair(x, y_w, y_l, pair_id, Category.RETAIN))
+    for pair_id, row in sample(Category.INVERT, size // 3):
+        x, y_w, y_l = row.pair.prompt, row.pair.chosen, row.pair.rejected
+        gold.append(GoldPair(x, y_l, y_w, pair_id, Category.INVERT))
+    compliant = [row.pair.chosen for _, row in by_category[Category.RETAIN]]
+    compliant += [row.pair.rejected for _, row in by_category[Category.INVERT]]
+    if compliant:
+        for pair_id, row in sample(Category.PUNISH, size - len(gold)):
+            y_c = compliant[rng.integers(len(compliant))]
+            gold.append(GoldPair(row.pair.prompt, y_c, row.pair.chosen, pair_id, Category.PUNISH))
+    return gold
+
+
+def gold_objective(
+    logps_preferred: Tensor, logps_other: Tensor, beta: float, n_gold: int | None = None
+) -> Tensor:
+    """Return the scalar whose gradient at theta_ref is g_J's share of these gold pairs.
+
+        J = -(beta / 2) (1 / n_gold) sum [log pi(y+) - log pi(y-)]
+
+    This is the linear part of the mean DPO loss at theta_ref, where every margin is 0 and
+    -sigma'(.) is the constant -1/2, so no reference log-probabilities are needed.
+
+    Args:
+        logps_preferred: log pi(y+|x), [N].
+        logps_other: log pi(y-|x), [N].
+        beta: of the DPO loss.
+        n_gold: pairs of the whole gold batch, where these are one micro-batch of it; None = N.
+
+    Raises:
+        DataError: there is no gold pair.
+    """
+    n = len(logps_preferred) if n_gold is None else n_gold
+    if n < 1:
+        raise DataError(
+            "the gold batch is empty: no RETAIN or INVERT pair shows what the policy wants"
+        )
+    return -(beta / 2) * (logps_preferred - logps_other).sum() / n
+
+
+def gold_gradient(losses: Tensor | Iterable[Tensor], params: Params) -> Params:
+    """Return g_J, the gradient of the (sum of the) losses in ``params``, under the same names.
+
+    Args:
+        losses: one ``gold_objective``, or those of the micro-batches of one gold batch (each with
+            the whole batch's ``n_gold``); a generator keeps one graph alive at a time.
+        params: leaves with ``requires_grad``; one that a loss doesn't use has gradient 0.
+    """
+    total = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    leaves = list(params.values())
+    for loss in [losses] if isinstance(losses, Tensor) else losses:
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for name, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                total[name] += grad
+    return total
+
+
+def jvp_derivatives(logps_fn: LogpsFn, params: Params, direction: Params) -> Tensor:
+    """Return d(y) of every sequence by forward-mode differentiation: exact, in one pass.
+
+    Needs operations with a forward-mode rule (attention: ``eager``; SDPA on the CPU has none).
+
+    Args:
+        logps_fn: maps parameters to sequence log-probabilities, [S].
+        params: where to differentiate (theta_ref).
+        direction: g_J, same names and shapes.
+
+    Returns:
+        [S], detached, in the dtype of the log-probabilities.
+    """
+    params, direction = _aligned(params, direction)
+    with torch.no_grad():
+        derivatives: Tensor = torch.func.jvp(logps_fn, (params,), (direction,))[1]
+    return derivatives.detach()
+
+
+def fd_derivatives(
+    logps_fn: LogpsFn, params: Params, direction: Params, eps: float = 0.01
+) -> Tensor:
+    """Return d(y) of every sequence by a central difference: two plain forward passes.
+
+        d(y) ~ |g| [log pi_{+}(y) - log pi_{-}(y)] / (2 eps),   theta_{+-} = theta +- eps g / |g|
+
+    Args:
+        logps_fn: maps parameters to sequence log-probabilities, [S], computed in float32 or
+            better (in bfloat16 the difference is noise).
+        params: where to differentiate (theta_ref).
+        direction: g, same names and shapes.
+        eps: length of the step in parameter space.
+
+    Returns:
+        [S], detached; all 0 for a zero direction.
+
+    Raises:
+        ValueError: a parameter has less precision than float32.
+    """
+    params, direction = _aligned(params, direction)
+    low = [name for name, p in params.items() if p.dtype not in (torch.float32, torch.float64)]
+    if low:
+        raise ValueError(f"finite differences need float32 parameters; {low[0]} has less")
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in direction.values()))
+    step = eps / norm if norm > 0 else 0.0
+    with torch.no_grad():
+        above = logps_fn({name: p + step * direction[name] for name, p in params.items()})
+        below = logps_fn({name: p - step * direction[name] for name, p in params.items()})
+    return (above - below) * (norm / (2 * eps))
+
+
+def per_sample_derivatives(logps_fn: LogpsFn, params: Params, direction: Params) -> Tensor:
+    """Return d(y) of every sequence by one backward pass each: slow, the check of the others.
+
+    Args:
+        logps_fn: maps parameters to sequence log-probabilities, [S].
+        params: where to differentiate (theta_ref).
+        direction: g_J, same names and shapes.
+
+    Returns:
+        [S], detached.
+    """
+    params, direction = _aligned(params, direction)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        logps = logps_fn(leaves)
+    derivatives = torch.zeros_like(logps, requires_grad=False)
+    for s in range(len(logps)):
+        grads = torch.autograd.grad(
+            logps[s], list(leaves.values()), retain_graph=True, allow_unused=True
+        )
+        for grad, g in zip(grads, direction.values(), strict=True):
+            if grad is not None:
+                derivatives[s] += (grad * g).sum()
+    return derivatives
+
+
+def scores_from_derivatives(
+    category: Tensor, d_chosen: Tensor, d_rejected: Tensor, beta: float, gamma: float
+) -> Tensor:
+    """Return the raw impact scores <g_J, g> / gamma (Algorithm 1, before the clamp).
+
+        INVERT:  g = grad l_pref(x, y_l, y_w)  ->  -(beta / 2) [d(y_l) - d(y_w)] / gamma
+        PUNISH:  g = grad l_NPO(x, y_w, y_l)   ->  +(beta / 2) [d(y_w) + d(y_l)] / gamma
+
+    Args:
+        category: [N] int64 codes of ``losses``; other categories score 0.
+        d_chosen: d(y_w), [N].
+        d_rejected: d(y_l), [N].
+        beta: of the DPO and NPO losses.
+        gamma: damping, the Hessian taken as gamma * I; > 0.
+
+    Returns:
+        [N], in the dtype of the derivatives.
+    """
+    half = beta / (2 * gamma)
+    zero = torch.zeros_like(d_chosen)
+    punish = torch.where(category == PUNISH, half * (d_chosen + d_rejected), zero)
+    return torch.where(category == INVERT, -half * (d_rejected - d_chosen), punish)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightSummary:
+    """Training weights of all conflicts of one model, and what the clamp did to them."""
+
+    weights: Tensor
+    """[N] float64, >= 0; they sum to 1 (``l1``) or have mean 1 (``mean``)."""
+    share_clamped: float
+    """Share of conflicts with a raw score <= 0, whose weight was clamped to 0."""
+    effective_sample_size: float
+    """(sum w)^2 / sum w^2, from 1 (one conflict has all the weight) to N (uniform)."""
+    fallback_uniform: bool
+    """All raw scores were <= 0, so the weights are uniform instead."""
+
+
+def weights(raw: Tensor, mode: Literal["l1", "mean"]) -> WeightSummary:
+    """Return w = max(0, s), normalised over ALL conflicts of a model.
+
+        l1:    w_i / sum_k w_k   (arXiv 2511.02623, Algorithm 1)
+        mean:  N w_i / sum_k w_k, so a typical conflict weighs 1 at any N
+
+    If every score is <= 0 the sum is 0 and the weights are uniform.
+
+    Args:
+        raw: s, [N], the raw scores of INVERT and PUNISH rows only; N = 0 gives empty weights.
+        mode: the normalisation.
+
+    Raises:
+        DataError: a score is NaN or infinite.
+    """
+    raw = raw.detach().double()
+    bad = int((~raw.isfinite()).sum())
+    if bad:
+        raise DataError(f"{bad} of {len(raw)} impact scores are NaN or infinite")
+    n = len(raw)
+    if n == 0:
+        return WeightSummary(raw, 0.0, 0.0, False)
+    positive = raw.clamp(min=0)
+    share_clamped = float((positive == 0).double().mean())
+    fallback = share_clamped == 1.0
+    shares = torch.ones_like(raw) if fallback else positive / positive.max()
+    shares = shares / shares.sum()
+    size = 1.0 / float(shares.square().sum())
+    return WeightSummary(shares if mode == "l1" else shares * n, share_clamped, size, fallback)
+
+
+def _aligned(params: Params, direction: Params) -> tuple[Params, Params]:
+    """Return detached parameters and direction in one order of names."""
+    if params.keys() != direction.keys():
+        odd = sorted(params.keys() ^ direction.keys())
+        raise ValueError(f"params and direction differ in {len(odd)} names, e.g. {odd[0]!r}")
+    points = {name: p.detach() for name, p in params.items()}
+    return points, {name: direction[name].detach().to(p.dtype) for name, p in points.items()}

@@ -1,0 +1,247 @@
+"""Stage 3: the hybrid objective and its terms (arXiv 2511.02623, Algorithm 1, phase 3).
+
+Terms take per-sequence values and return per-sequence values. Reductions divide by expected
+*global* counts given by the caller, never by what a micro-batch happens to hold: gradient
+accumulation, data parallelism and bucket sizes don't change the loss.
+
+Symbols: y_w, y_l the responses preferred and rejected under the OLD policy;
+r(y) = log pi_theta(y|x) - log pi_ref(y|x), the log-ratio of a whole response.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trace_ray.core.logprobs import upcast
+from trace_ray.types import Category
+
+INVERT, PUNISH, RETAIN = 0, 1, 2
+CATEGORY_CODES: dict[Category, int] = {
+    Category.INVERT: INVERT,
+    Category.PUNISH: PUNISH,
+    Category.RETAIN: RETAIN,
+}
+"""Codes of ``HybridTerms.category``; UNJUDGED rows are not trained on and have none."""
+
+
+def dpo(margin: Tensor, beta: float) -> Tensor:
+    """Return l_pref = -log sigma(beta * margin), the DPO loss.
+
+    The paper calls its preference loss IPO, but this is what it defines and what its published
+    code computes (DPO: arXiv 2305.18290, Eq. 7).
+
+    Args:
+        margin: r(preferred) - r(other), [N].
+        beta: inverse temperature, > 0.
+    """
+    return -F.logsigmoid(beta * margin)
+
+
+def ipo(margin_per_token: Tensor, beta: float) -> Tensor:
+    """Return (m - 1 / (2 beta))^2, the IPO loss (arXiv 2310.12036, Eq. 17).
+
+    Args:
+        margin_per_token: m = r(preferred)/|preferred| - r(other)/|other|, [N]: log-ratios averaged
+            over response tokens, TRL's convention.
+        beta: the regularisation tau of the IPO paper, > 0.
+    """
+    return (margin_per_token - 1 / (2 * beta)) ** 2
+
+
+def npo(logratio_w: Tensor, logratio_l: Tensor, beta: float) -> Tensor:
+    """Return l_NPO = -log sigma(-beta r(y_w)) - log sigma(-beta r(y_l)): suppress both responses.
+
+    Source: arXiv 2511.02623, Algorithm 1 (type II conflicts); each half is NPO (arXiv 2404.05868,
+    Eq. 3, without its factor 2 / beta), i.e. DPO with an empty winner.
+
+    Args:
+        logratio_w: r(y_w), [N].
+        logratio_l: r(y_l), [N].
+        beta: inverse temperature, > 0.
+    """
+    return -F.logsigmoid(-beta * logratio_w) - F.logsigmoid(-beta * logratio_l)
+
+
+def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    """Return KL(pi_ref || pi_theta), the mean over each sequence's response tokens.
+
+        KL_t = sum_v p_ref(v) [log p_ref(v) - log p_theta(v)]
+             = sum_v p_ref(v) [z_ref(v) - z(v)] + logsumexp z - logsumexp z_ref
+
+    The second form is exactly 0 where the logits agree. Only masked-in positions are computed, so
+    padding costs nothing. Source: arXiv 2511.02623, Algorithm 1 (retained pairs).
+
+    Args:
+        logits: z, [N, R, V], aligned by ``logprobs.response_logits``.
+        ref_logits: z_ref, [N, R, V]; no gradient flows into them.
+        mask: [N, R], non-zero on the response tokens of y_w.
+
+    Returns:
+        [N] float32 (float64 for float64 logits); 0 for a sequence without response tokens.
+    """
+    rows, columns = mask.nonzero(as_tuple=True)
+    theta = upcast(logits[rows, columns])
+    ref = upcast(ref_logits.detach()[rows, columns])
+    ref_probs = ref.softmax(-1)
+    inner = torch.linalg.vecdot(ref_probs, ref - theta)
+    token_kl = inner + theta.logsumexp(-1) - ref.logsumexp(-1)
+    tokens = mask.bool().sum(-1).clamp(min=1)
+    return token_kl.new_zeros(len(mask)).index_add(0, rows, token_kl) / tokens
+
+
+def sft(token_logps: Tensor, mask: Tensor, n_tokens: float) -> Tensor:
+    """Return -(1 / n_tokens) sum of log p_t over response tokens, a scalar.
+
+    Args:
+        token_logps: [B, R].
+        mask: [B, R], non-zero on response tokens.
+        n_tokens: expected response tokens of one optimizer step over all micro-batches and
+            workers, > 0.
+    """
+    return -torch.where(mask.bool(), token_logps, 0.0).sum() / n_tokens
+
+
+def to_rows(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Put per-sequence values into their pairs' rows, 0 where a pair has no such sequence.
+
+    Args:
+        values: [S], e.g. the log-ratios of the y_w sequences of a flattened batch.
+        rows: [S] int64, each value's row; distinct.
+        n_rows: B.
+
+    Returns:
+        [B], attached to the graph of ``values``.
+    """
+    return values.new_zeros(n_rows).index_add(0, rows, values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HybridTerms:
+    """The B pairs of one micro-batch, in any order; a value a category doesn't use is 0."""
+
+    chosen_logratio: Tensor
+    """r(y_w), [B]; used by INVERT and PUNISH."""
+    rejected_logratio: Tensor
+    """r(y_l), [B]; used by INVERT and PUNISH."""
+    kl: Tensor
+    """``retain_kl`` of y_w, [B]; used by RETAIN."""
+    category: Tensor
+    """[B] int64: INVERT, PUNISH or RETAIN."""
+    weight: Tensor
+    """Impact weight, [B]; used by INVERT and PUNISH."""
+    chosen_length: Tensor | None = None
+    """Response tokens of y_w, [B]; needed by ``ipo`` only."""
+    rejected_length: Tensor | None = None
+    """Response tokens of y_l, [B]; needed by ``ipo`` only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Expected global counts of ONE optimizer step, over all its micro-batches and workers.
+
+    With N pairs of which N_c are conflicts and N_r are retained, and ``step_rows`` pairs a step:
+    conflict = step_rows * N_c / N and retain = step_rows * N_r / N. A count is 0 only if the whole
+    data set has no such pair.
+    """
+
+    conflict: float
+    retain: float
+
+    def __post_init__(self) -> None:
+        for name in ("conflict", "retain"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"Denominators.{name} must be a finite count >= 0 (got {value!r})")
+
+    @classmethod
+    def of_step(cls, step_rows: float, n_conflict: int, n_retain: int) -> Denominators:
+        """Return the counts expected in a step of ``step_rows`` pairs."""
+        share = step_rows / max(n_conflict + n_retain, 1)
+        return cls(share * n_conflict, share * n_retain)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossOutput:
+    """A scalar loss to differentiate, and detached scalars to add up over micro-batches."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    """``invert`` + ``punish`` + ``retain`` = the loss; ``n_*`` row counts; ``margin_sum`` (of
+    r(y_l) - r(y_w)) and ``margin_positive`` over INVERT rows; ``kl_sum`` over RETAIN rows."""
+
+
+def hybrid(
+    terms: HybridTerms,
+    denominators: Denominators,
+    *,
+    beta: float,
+    alpha_kl: float,
+    loss: Literal["dpo", "ipo"] = "dpo",
+) -> LossOutput:
+    """Return the hybrid TRACE loss of one micro-batch.
+
+        L = (1 / n_conflict) [sum_INVERT w_i l_pref(r(y_l) - r(y_w)) + sum_PUNISH w_j l_NPO,j]
+            + alpha_kl (1 / n_retain) sum_RETAIN KL_k
+
+    Source: arXiv 2511.02623, Algorithm 1 (L_TRACE = L_I + L_II + alpha_KL L_KL), with each sum
+    divided by its own global count. Summing the results over the micro-batches of a step gives
+    the step's loss, however it was split.
+
+    Args:
+        terms: the micro-batch; every tensor [B].
+        denominators: n_conflict and n_retain of one optimizer step.
+        beta: of ``dpo``, ``ipo`` and ``npo``.
+        alpha_kl: weight of the KL term, >= 0.
+        loss: the preference loss of INVERT rows.
+
+    Returns:
+        The loss is attached to the graph of its inputs even where a category has no row.
+    """
+    zero = terms.chosen_logratio.new_zeros(())
+    is_invert, is_punish, is_retain = (terms.category == c for c in (INVERT, PUNISH, RETAIN))
+    margin = terms.rejected_logratio - terms.chosen_logratio
+    preference = dpo(margin, beta) if loss == "dpo" else ipo(_margin_per_token(terms), beta)
+    suppression = npo(terms.chosen_logratio, terms.rejected_logratio, beta)
+    invert = torch.where(is_invert, terms.weight * preference, zero).sum()
+    punish = torch.where(is_punish, terms.weight * suppression, zero).sum()
+    kl = torch.where(is_retain, terms.kl, zero).sum()
+
+    is_conflict = is_invert | is_punish
+    invert = _share(invert, denominators.conflict, is_conflict, "conflict")
+    punish = _share(punish, denominators.conflict, is_conflict, "conflict")
+    retain = alpha_kl * _share(kl, denominators.retain, is_retain, "retain")
+    metrics = {
+        "invert": invert,
+        "punish": punish,
+        "retain": retain,
+        "n_invert": is_invert.sum(),
+        "n_punish": is_punish.sum(),
+        "n_retain": is_retain.sum(),
+        "margin_sum": torch.where(is_invert, margin, zero).sum(),
+        "margin_positive": (is_invert & (margin > 0)).sum(),
+        "kl_sum": kl,
+    }
+    return LossOutput(invert + punish + retain, {k: v.detach() for k, v in metrics.items()})
+
+
+def _margin_per_token(terms: HybridTerms) -> Tensor:
+    """Return r(y_l)/|y_l| - r(y_w)/|y_w|, [B]."""
+    if terms.chosen_length is None or terms.rejected_length is None:
+        raise ValueError("loss 'ipo' needs chosen_length and rejected_length in HybridTerms")
+    chosen = terms.chosen_logratio / terms.chosen_length.clamp(min=1)
+    return terms.rejected_logratio / terms.rejected_length.clamp(min=1) - chosen
+
+
+def _share(total: Tensor, count: float, present: Tensor, name: str) -> Tensor:
+    """Return total / count; 0, still attached, where there is nothing to count."""
+    if count > 0:
+        return total / count
+    if present.any():
+        raise ValueError(f"Denominators.{name} is 0, but the batch holds {name} rows")
+    return total * 0.0

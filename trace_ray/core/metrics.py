@@ -1,0 +1,185 @@
+"""Measures with their uncertainty: judges (AUC, threshold), proportions, differences, variety."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
+
+from trace_ray.errors import DataError
+from trace_ray.types import Interval
+
+
+def auc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Return the area under the ROC curve: P(score of a positive > score of a negative).
+
+    Args:
+        labels: [N] of 0 / 1 (1 = positive, e.g. violates).
+        scores: [N], higher for positives; ties count one half.
+
+    Raises:
+        DataError: the labels hold one class only.
+    """
+    return float(roc_auc_score(_two_classes(labels), _finite(scores)))
+
+
+def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Return the share of predictions that equal their label, both [N] of 0 / 1."""
+    truth = np.asarray(labels).astype(bool)
+    if truth.size == 0:
+        raise DataError("accuracy needs at least one label (got none)")
+    return float(accuracy_score(truth, np.asarray(predictions).astype(bool)))
+
+
+def best_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Return the threshold t for which ``score >= t`` has the best balanced accuracy.
+
+        balanced accuracy = (true positive rate + true negative rate) / 2
+
+    t lies midway between the two neighbouring scores that it parts; the first of equally good
+    places is taken, from the highest score down.
+
+    Args:
+        labels: [N] of 0 / 1.
+        scores: [N], higher for positives.
+
+    Raises:
+        DataError: the labels hold one class only.
+    """
+    truth, values = _two_classes(labels), _finite(scores)
+    false_rate, true_rate, cuts = roc_curve(truth, values, drop_intermediate=False)
+    # Place 0 calls nothing positive (its cut is infinite); the last one, as good, calls all so.
+    best = 1 + int(np.argmax((true_rate - false_rate)[1:]))
+    cut = float(cuts[best])
+    if best + 1 == len(cuts):
+        return cut
+    below = float(cuts[best + 1])
+    middle = below + (cut - below) / 2
+    return middle if middle > below else cut
+
+
+def bootstrap_interval(
+    values: ArrayLike, seed: int, n_resamples: int = 2000, confidence: float = 0.95
+) -> Interval:
+    """Return the mean of ``values`` with its percentile bootstrap interval.
+
+    Values that are all equal have no spread to resample: all 0 or all 1 are read as a proportion
+    and get the Wilson score interval; any other v gets [v, v].
+
+    Args:
+        values: [N] floats, N >= 1; one per independent item.
+        seed: of the resampling.
+        n_resamples: bootstrap samples.
+        confidence: of the two-sided interval.
+
+    Raises:
+        DataError: no values, or one is NaN or infinite.
+    """
+    sample = _finite(values)
+    return _interval(sample, seed, n_resamples, confidence, support=(0.0, 1.0))
+
+
+def paired_difference_interval(
+    before: ArrayLike,
+    after: ArrayLike,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Return the mean of ``after - before``, items resampled in pairs.
+
+    Where all differences are equal and both sides are 0 / 1, the interval allows for the share of
+    items that might differ (the Wilson bound on 0 of N), so it isn't falsely exact.
+
+    Args:
+        before: [N] floats.
+        after: [N] floats of the same items in the same order.
+        seed: of the resampling.
+        n_resamples: bootstrap samples.
+        confidence: of the two-sided interval.
+
+    Raises:
+        DataError: the two differ in length, are empty, or hold NaN or infinite values.
+    """
+    first, second = _finite(before), _finite(after)
+    if len(first) != len(second):
+        raise DataError(f"paired values must be as many: {len(first)} before, {len(second)} after")
+    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    support = (-1.0, 0.0, 1.0) if binary else ()
+    return _interval(second - first, seed, n_resamples, confidence, support)
+
+
+def distinct_n(texts: Iterable[str], n: int = 2) -> float:
+    """Return distinct n-grams / all n-grams over all texts (arXiv 1510.03055, distinct-n).
+
+    Args:
+        texts: split at white space and lowercased; one shorter than n tokens has no n-gram.
+        n: length of the n-grams.
+
+    Returns:
+        In (0, 1]; 0 where no text has an n-gram.
+    """
+    seen: set[tuple[str, ...]] = set()
+    total = 0
+    for text in texts:
+        tokens: Sequence[str] = text.lower().split()
+        grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+        seen.update(grams)
+        total += len(grams)
+    return len(seen) / total if total else 0.0
+
+
+def _interval(
+    sample: NDArray[np.float64],
+    seed: int,
+    n_resamples: int,
+    confidence: float,
+    support: tuple[float, ...],
+) -> Interval:
+    """Return the bootstrap interval of the mean.
+
+    Where all values are the same member of ``support`` (the values an item can have, ascending),
+    the share of items that differ is at most ``unseen``, each as far off as the support goes.
+    """
+    n, value = len(sample), float(sample.mean())
+    if np.all(sample == sample[0]):
+        value = float(sample[0])
+        if value not in support:
+            return Interval(value, value, value, n)
+        unseen = float(stats.binomtest(0, n).proportion_ci(confidence, method="wilson").high)
+        low = value - unseen * (value - support[0])
+        return Interval(value, low, value + unseen * (support[-1] - value), n)
+    result = stats.bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=n_resamples,
+        batch=max(1, 2_000_000 // n),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return Interval(value, float(low), float(high), n)
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    """Return a non-empty vector of finite floats."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise DataError(f"a measure needs a vector of at least one value (got shape {array.shape})")
+    if not np.isfinite(array).all():
+        raise DataError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are not finite")
+    return array
+
+
+def _two_classes(labels: ArrayLike) -> NDArray[np.bool_]:
+    """Return the labels as booleans, both classes present."""
+    truth = np.asarray(labels).astype(bool)
+    if truth.size == 0 or truth.all() or not truth.any():
+        raise DataError(
+            f"labels need both classes (got {int(truth.sum())} positive of {truth.size})"
+        )
+    return truth

@@ -1,0 +1,49 @@
+"""Stage 1: what each old preference pair becomes under the new policy.
+
+Triage depends on the policy, the data and the judge only, so it is done once for a whole fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
+
+
+def categorise(chosen: Verdict, rejected: Verdict | None) -> Category:
+    """Return the category of a pair from the verdicts on its two responses.
+
+    With c(x, y) = 1 if y complies with the new policy (arXiv 2511.02623, Algorithm 1, triage):
+
+    | c(y_w) | c(y_l) | category |
+    |---|---|---|
+    | 0 | 1 | INVERT |
+    | 0 | 0 | PUNISH |
+    | 1 | any | RETAIN |
+
+    A verdict that is needed and missing gives UNJUDGED, never a guess.
+
+    Args:
+        chosen: verdict on y_w, the response preferred under the old policy.
+        rejected: verdict on y_l; only looked at where y_w violates, so it may be None elsewhere.
+    """
+    if chosen.label is Label.UNJUDGED:
+        return Category.UNJUDGED
+    if chosen.label is Label.COMPLIES:
+        return Category.RETAIN
+    if rejected is None or rejected.label is Label.UNJUDGED:
+        return Category.UNJUDGED
+    return Category.INVERT if rejected.label is Label.COMPLIES else Category.PUNISH
+
+
+def triage(pair: PreferencePair, chosen: Verdict, rejected: Verdict | None = None) -> TriagedPair:
+    """Return ``pair`` with its category and the verdicts it follows from."""
+    return TriagedPair(pair, categorise(chosen, rejected), chosen, rejected)
+
+
+def counts(triaged: Iterable[TriagedPair]) -> dict[str, int]:
+    """Return the number of ``pairs`` and of each category (``invert``, ``punish``, ...)."""
+    found = {str(category): 0 for category in Category}
+    for row in triaged:
+        found[str(row.category)] += 1
+    return {"pairs": sum(found.values()), **found}

@@ -1,0 +1,1 @@
+"""Preference data: sources, schemas and the synthetic value-shift benchmark."""

@@ -1,0 +1,55 @@
+"""One tree of picklable errors. Each message says what is wrong, where, and what to do.
+
+    TraceRayError
+    ├── ConfigError      a config or policy file, or a command's argument (all problems at once)
+    ├── DataError        preference data or labels
+    ├── ModelError       a model reference, a checkpoint or an adapter
+    ├── JudgeError       a judge that can't be built or isn't good enough
+    ├── TrainError       training stopped without a usable adapter
+    ├── RegistryError    MLflow
+    └── ServeError       the endpoint
+
+The first three are the user's to mend; the CLI prints any of the tree without a traceback and
+exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class TraceRayError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigError(TraceRayError, ValueError):
+    """Problems in a file, one line each, ready to print: ``file: path: message``."""
+
+
+class DataError(TraceRayError, ValueError):
+    """Preference data, labels or prompts that can't be used."""
+
+
+class ModelError(TraceRayError, ValueError):
+    """A model reference, checkpoint or adapter that can't be used."""
+
+
+class JudgeError(TraceRayError, RuntimeError):
+    """A judge that can't be built, or that isn't good enough to triage."""
+
+
+class TrainError(TraceRayError, RuntimeError):
+    """Training that ended without a usable adapter."""
+
+
+class RegistryError(TraceRayError, RuntimeError):
+    """MLflow refused, or holds something other than what was registered."""
+
+
+class ServeError(TraceRayError, RuntimeError):
+    """The endpoint can't start or can't answer."""
+
+
+def problems(source: str, found: list[tuple[str, str]]) -> ConfigError:
+    """Return one ConfigError listing every ``(path, message)`` found in ``source``."""
+    return ConfigError(
+        "\n".join(f"{source}: {path or '(top level)'}: {text}" for path, text in found)
+    )

@@ -1,0 +1,1 @@
+"""One model at a time: references, families, adapters, collation, training, vLLM engines."""

@@ -1,0 +1,166 @@
+"""Triaged rows to padded tensors.
+
+Layout: prompts LEFT-padded, responses RIGHT-padded, so that all responses start in one column and
+logits are needed for the last ``R + 1`` positions only (``logits_to_keep``).
+
+Axes: B rows of a batch, S sequences (a conflict has two, a retained row one), P prompt tokens,
+R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+
+from trace_ray.core.losses import CATEGORY_CODES
+from trace_ray.models.chat import encode_prompt, encode_response
+from trace_ray.models.packing import pack_exchanges
+from trace_ray.types import Category, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row ready for training or scoring; token ids as plain lists."""
+
+    pair_id: str
+    category: Category
+    weight: float
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    """Empty where the row's category has no use for it."""
+    truncated: bool
+    """True where a response lost its tail to ``max_length``."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that one forward pass over the row reads."""
+        sides = [side for side in (self.chosen_ids, self.rejected_ids) if side]
+        return len(self.prompt_ids) * len(sides) + sum(map(len, sides))
+
+
+def encode_exchange(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, max_length: int
+) -> tuple[list[int], list[int], bool]:
+    """Return (prompt ids, response ids, truncated): prompt tokens keep the tail, responses the head.
+
+    A prompt is cut (from its start) to leave at least half of ``max_length`` to the response.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    response_ids = encode_response(tokenizer, response)
+    kept = min(len(response_ids), max_length // 2)
+    head = prompt_ids[-max(1, max_length - kept) :] if prompt_ids else prompt_ids
+    cut = response_ids[: max_length - len(head)]
+    return head, cut, len(cut) < len(response_ids) or len(head) < len(prompt_ids)
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    prompt: Prompt,
+    *,
+    category: Category,
+    weight: float,
+    max_length: int,
+) -> EncodedRow:
+    """Encode a triaged row; a RETAIN row keeps only its ``chosen`` side."""
+    prompt_ids, chosen_ids, cut = encode_exchange(tokenizer, prompt, row["chosen"], max_length)
+    rejected_ids: list[int] = []
+    if category is not Category.RETAIN:
+        other_ids, rejected_ids, cut_too = encode_exchange(
+            tokenizer, prompt, row["rejected"], max_length
+        )
+        # Both sides share one prompt: the shorter of the two cuts serves both.
+        prompt_ids = min(prompt_ids, other_ids, key=len)
+        cut = cut or cut_too
+    return EncodedRow(row["pair_id"], category, weight, prompt_ids, chosen_ids, rejected_ids, cut)
+
+
+def pad_sequences(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad (prompt ids, response ids) pairs.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``position_ids`` [S, P + R] int64, ``labels`` [S, R] int64
+        (response ids, padding holds 0) and ``mask`` [S, R] float32, 1 on response tokens.
+    """
+    width_p = max(len(prompt) for prompt, _ in sequences)
+    width_r = max(len(response) for _, response in sequences)
+    ids = torch.zeros(len(sequences), width_p + width_r, dtype=torch.int64)
+    seen = torch.zeros_like(ids)
+    for i, (prompt, response) in enumerate(sequences):
+        start, end = width_p - len(prompt), width_p + len(response)
+        ids[i, start:end] = torch.tensor([*prompt, *response])
+        seen[i, start:end] = 1
+    return {
+        "input_ids": ids,
+        "attention_mask": seen,
+        "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
+        "labels": ids[:, width_p:].clone(),
+        "mask": seen[:, width_p:].float(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class HybridCollator:
+    """Rows of mixed categories to one batch.
+
+    The sequences are ordered: all B ``chosen``, then the ``rejected`` of the rows that have one.
+    """
+
+    pack: bool
+    """Share common prefixes instead of padding."""
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        """Return the batch; ``paired`` holds the rows whose ``rejected`` is in it."""
+        paired = [i for i, row in enumerate(rows) if row.rejected_ids]
+        sequences = [(row.prompt_ids, row.chosen_ids) for row in rows]
+        sequences += [(rows[i].prompt_ids, rows[i].rejected_ids) for i in paired]
+        lay_out = pack_exchanges if self.pack else pad_sequences
+        return lay_out(sequences) | {
+            "category": torch.tensor([CATEGORY_CODES[row.category] for row in rows]),
+            "weight": torch.tensor([row.weight for row in rows], dtype=torch.float32),
+            "paired": torch.tensor(paired, dtype=torch.int64),
+        }
+
+
+class BucketSampler(Sampler[int]):
+    """Seeded shuffling that puts rows of like length into one batch.
+
+    Rows are shuffled, cut into groups of ``span`` batches, sorted by length within the group, cut into
+    batches, and the batches shuffled: categories stay mixed, padding stays small. The order depends
+    on (seed, epoch) alone, so that a resumed epoch goes on where it stopped.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, span: int = 8):
+        self.lengths, self.batch_size, self.seed, self.span = list(lengths), batch_size, seed, span
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        group = self.batch_size * self.span
+        batches: list[list[int]] = []
+        for start in range(0, len(order), group):
+            near = sorted(order[start : start + group], key=lambda i: self.lengths[i])
+            batches += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+        # A short batch anywhere but last would shift every batch after it.
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        for i in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[i]
+        for batch in short:
+            yield from batch

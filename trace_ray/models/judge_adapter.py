@@ -1,0 +1,165 @@
+"""Fits a LoRA judge adapter: classification by the verdict token.
+
+All questions about one policy share a long prefix, so a batch of them is trained as one packed trie
+(``packing``): about a third of the tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trace_ray.config import JudgeFitConfig, LoraConfig
+from trace_ray.core.judge_prompt import NO, YES, judge_prompt
+from trace_ray.core.policy import Policy
+from trace_ray.errors import ModelError
+from trace_ray.models.chat import encode_prompt
+from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.packing import Trie, build_trie
+from trace_ray.types import LabelledResponse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSplit:
+    """Labelled responses in three parts that share no group."""
+
+    fit: list[LabelledResponse]
+    calibration: list[LabelledResponse]
+    """Picks the threshold."""
+    test: list[LabelledResponse]
+    """Measures AUC and accuracy."""
+
+
+def split_labels(labels: Sequence[LabelledResponse], seed: int) -> LabelSplit:
+    """Split 60/20/20 by group (rows without a group are their own), seeded."""
+    groups: dict[str, list[LabelledResponse]] = {}
+    for i, row in enumerate(labels):
+        groups.setdefault(row.group or f"#{i}", []).append(row)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    parts: tuple[list[LabelledResponse], ...] = ([], [], [])
+    targets = (0.6 * len(labels), 0.2 * len(labels), 0.2 * len(labels))
+    for group in order:
+        # The part that is furthest from its share takes the next group.
+        need = [(t - len(p)) / t if t else 0.0 for p, t in zip(parts, targets, strict=True)]
+        parts[need.index(max(need))].extend(groups[group])
+    return LabelSplit(*parts)
+
+
+def verdict_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+    """Return the id of ``word`` as one token.
+
+    Raises:
+        ModelError: the vocabulary splits it.
+    """
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ModelError(f"the judge's vocabulary has no single token for {word!r}")
+    return ids[0]
+
+
+def verdict_logits(
+    model: Callable[..., Any], questions: Trie, yes: int, no: int, device: torch.device
+) -> torch.Tensor:
+    """Return logit(Yes) - logit(No) after each of N questions, [N] float32."""
+    last = torch.tensor([path[-1] for path in questions.paths])
+    logits = model(
+        input_ids=questions.input_ids.to(device),
+        position_ids=questions.position_ids.to(device),
+        attention_mask=questions.attention_mask.to(device, getattr(model, "dtype", None)),
+        logits_to_keep=last.to(device),
+        use_cache=False,
+    ).logits[0]
+    return (logits[:, yes] - logits[:, no]).float()
+
+
+def fit_judge_adapter(
+    base: str,
+    policy: Policy,
+    labels: Sequence[LabelledResponse],
+    config: JudgeFitConfig,
+    out: Path,
+    *,
+    use_cpu: bool,
+    on_step: Callable[[int, int], None],
+) -> None:
+    """Train the adapter on ``labels`` and save it into ``out`` (safetensors).
+
+    Args:
+        base: directory of the judge's base model.
+        policy: whose clauses the questions hold.
+        labels: responses with their true verdicts.
+        config: rank, learning rate, epochs, batch size, seed.
+        out: folder of the adapter.
+        use_cpu: train on the CPU.
+        on_step: called with (step, all steps).
+    """
+    from transformers import Trainer
+
+    from trace_ray.models.families import load_tokenizer
+    from trace_ray.models.policy_model import load_policy_model, save_adapter
+    from trace_ray.models.trainer import StepCallback
+
+    tokenizer = load_tokenizer(base)
+    yes, no = verdict_token(tokenizer, YES), verdict_token(tokenizer, NO)
+    lora = LoraConfig(r=config.r, alpha=2 * config.r, dropout=0.0, targets="all-linear")
+    model = load_policy_model(base, None, lora, seed=config.seed)
+    rows = [
+        (encode_prompt(tokenizer, judge_prompt(policy, row.prompt, row.response)), row.violates)
+        for row in labels
+    ]
+
+    class VerdictTrainer(Trainer):
+        """Binary cross-entropy on the verdict token's log-odds."""
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            odds = verdict_logits(model, inputs["questions"], yes, no, self.args.device)
+            target = inputs["violates"].to(odds.device)
+            return torch.nn.functional.binary_cross_entropy_with_logits(odds, target)
+
+    trainer = VerdictTrainer(
+        model=model,
+        args=_arguments(config, out, use_cpu=use_cpu),
+        train_dataset=rows,  # pyright: ignore[reportArgumentType]
+        data_collator=_collate,
+        callbacks=[StepCallback(on_step)],
+    )
+    trainer.train()
+    save_adapter(model, out)
+
+
+def _arguments(config: JudgeFitConfig, out: Path, *, use_cpu: bool) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(out / "work"),
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        bf16=fast_bfloat16(),
+        use_cpu=use_cpu,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        dataloader_pin_memory=False,
+    )
+
+
+def _collate(rows: Sequence[tuple[list[int], bool]]) -> dict[str, Any]:
+    return {
+        "questions": build_trie([ids for ids, _ in rows]),
+        "violates": torch.tensor([float(violates) for _, violates in rows]),
+    }

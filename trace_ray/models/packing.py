@@ -1,0 +1,104 @@
+"""Sequences that start alike, computed once: a token trie packed into one row.
+
+The two responses of a pair share their prompt, all questions of a judge share the policy, all chats
+share the template's opening. Each distinct prefix becomes one node path of a trie; the trie's T nodes
+are laid out in one row of T tokens, in which a token sees its ancestors alone and has its depth as
+position. For a causal model without dropout this is the same function as separate sequences (tested),
+on fewer tokens and with no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HIDDEN = -1.0e9
+"""Additive attention mask of a token that may not be seen; finite, so that bfloat16 can hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trie:
+    """The packed row and where each sequence's tokens stand in it."""
+
+    input_ids: torch.Tensor
+    """[1, T] int64."""
+    position_ids: torch.Tensor
+    """[1, T] int64: depth in the trie."""
+    attention_mask: torch.Tensor
+    """[1, 1, T, T] float32, additive: 0 where row may see column, else ``HIDDEN``."""
+    paths: list[list[int]]
+    """Per sequence the place of each of its tokens in the row."""
+
+
+def build_trie(sequences: Sequence[Sequence[int]]) -> Trie:
+    """Merge token sequences by their common prefixes."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    known: dict[tuple[int, int], int] = {}
+    paths = []
+    for sequence in sequences:
+        node, path = -1, []
+        for token in sequence:
+            step = (node, token)
+            if step not in known:
+                known[step] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+            node = known[step]
+            path.append(node)
+        paths.append(path)
+    seen = torch.eye(len(tokens), dtype=torch.bool)
+    depth = [0] * len(tokens)
+    for node, parent in enumerate(parents):  # a parent always stands before its children
+        if parent >= 0:
+            seen[node] |= seen[parent]
+            depth[node] = depth[parent] + 1
+    mask = torch.zeros(len(tokens), len(tokens)).masked_fill(~seen, HIDDEN)
+    return Trie(torch.tensor([tokens]), torch.tensor([depth]), mask[None, None], paths)
+
+
+def pack_exchanges(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Pack (prompt ids, response ids) pairs for ``trainer.response_logits``.
+
+    Returns:
+        ``input_ids``, ``position_ids`` [1, T] and ``attention_mask`` [1, 1, T, T] of the trie;
+        ``keep`` [K] int64, the places whose logits are needed; ``gather`` [S, R] int64, for each
+        response token the row of ``keep`` that predicts it; ``labels`` [S, R] int64 and ``mask``
+        [S, R] float32 as in ``collate.pad_sequences``.
+    """
+    trie = build_trie([[*prompt, *response] for prompt, response in sequences])
+    predictors = [
+        path[len(prompt) - 1 : -1] for path, (prompt, _) in zip(trie.paths, sequences, strict=True)
+    ]
+    keep = sorted({place for places in predictors for place in places})
+    row_of = {place: row for row, place in enumerate(keep)}
+    width = max(len(response) for _, response in sequences)
+    gather = torch.zeros(len(sequences), width, dtype=torch.int64)
+    labels, mask = torch.zeros_like(gather), torch.zeros(len(sequences), width)
+    for s, (places, (_, response)) in enumerate(zip(predictors, sequences, strict=True)):
+        gather[s, : len(response)] = torch.tensor([row_of[place] for place in places])
+        labels[s, : len(response)] = torch.tensor(response)
+        mask[s, : len(response)] = 1
+    return {
+        "input_ids": trie.input_ids,
+        "position_ids": trie.position_ids,
+        "attention_mask": trie.attention_mask,
+        "keep": torch.tensor(keep),
+        "gather": gather,
+        "labels": labels,
+        "mask": mask,
+    }
+
+
+def can_pack(config: Any, max_length: int) -> bool:
+    """Say whether packing is exact and worth it for a model config and sequences of ``max_length``.
+
+    A sliding window shorter than the sequences would hide ancestors that the packed mask shows; on a
+    GPU, padded batches keep the fused attention kernels.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    return not torch.cuda.is_available() and (window is None or window >= max_length)

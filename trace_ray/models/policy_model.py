@@ -1,0 +1,144 @@
+"""A base model with its trained adapter and its reference, in one copy of the base weights.
+
+``default`` is the adapter being trained. The reference is the deployed model: the adapter ``ref``
+where one is deployed, else the base with adapters off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_ray.config import LoraConfig
+from trace_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAINED, REFERENCE = "default", "ref"
+
+
+def load_policy_model(
+    base: str | Path,
+    adapter: str | Path | None,
+    lora: LoraConfig,
+    *,
+    seed: int,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+) -> PeftModel:
+    """Load ``base`` with a trainable adapter, a copy of the deployed one where there is one.
+
+    Args:
+        base: directory of safetensors weights.
+        adapter: directory of the deployed adapter; None where the base itself is deployed.
+        lora: shape of a fresh adapter, initialised by peft under ``seed`` right after the base is loaded.
+        seed: of the fresh adapter's A matrices.
+        attention: transformers' attention implementation.
+        dtype: of the frozen base weights; adapters are float32.
+
+    Raises:
+        ModelError: the base can't be loaded, or the deployed adapter has another shape than ``lora``.
+    """
+    import peft
+    import torch
+
+    model = _load_base(base, attention, dtype)
+    torch.manual_seed(seed)
+    if adapter is None:
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        fresh = peft.LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        return peft.get_peft_model(model, fresh)  # pyright: ignore[reportReturnType]
+    _check_shape(Path(adapter), lora)
+    wrapped = peft.PeftModel.from_pretrained(
+        model, str(adapter), adapter_name=TRAINED, is_trainable=True
+    )
+    wrapped.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
+    wrapped.set_adapter(TRAINED)
+    return wrapped
+
+
+def load_measured_model(base: str | Path, before: str | None, after: str) -> PeftModel:
+    """Load ``base`` with the realigned adapter as ``default`` and the deployed one, if any, as ``ref``.
+
+    Raises:
+        ModelError: the base can't be loaded.
+    """
+    import peft
+    import torch
+
+    model = _load_base(base, "sdpa", "float32")
+    wrapped = peft.PeftModel.from_pretrained(model, after, adapter_name=TRAINED)
+    if before is not None:
+        wrapped.load_adapter(before, adapter_name=REFERENCE)
+        wrapped.set_adapter(TRAINED)
+    if torch.cuda.is_available():
+        wrapped.to("cuda")
+    return wrapped
+
+
+def _load_base(base: str | Path, attention: str, dtype: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(base),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{base}: can't be loaded as a causal language model: {error}") from None
+
+
+def _check_shape(adapter: Path, lora: LoraConfig) -> None:
+    """Refuse a deployed adapter whose shape is not the one asked for."""
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    same = saved["r"] == lora.r and float(saved["lora_alpha"]) == float(lora.alpha)
+    if isinstance(lora.targets, list):
+        same = same and set(saved["target_modules"]) == set(lora.targets)
+    if not same:
+        found = f"r {saved['r']}, alpha {saved['lora_alpha']}, targets {sorted(saved['target_modules'])}"
+        raise ModelError(
+            f"{adapter}: the deployed adapter has {found}; training.lora asks for r {lora.r}, "
+            f"alpha {lora.alpha}, targets {lora.targets}. Set training.lora to the deployed shape."
+        )
+
+
+@contextmanager
+def reference(model: PeftModel) -> Iterator[None]:
+    """Within the block ``model`` is the deployed one, without dropout and without gradients."""
+    import torch
+    from trl.trainer.utils import use_adapter
+
+    training = model.training
+    model.eval()
+    deployed = REFERENCE if REFERENCE in model.peft_config else None
+    try:
+        with torch.no_grad(), use_adapter(model, deployed):
+            yield
+    finally:
+        model.train(training)
+
+
+def trained_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the trained adapter's parameters by name, in the model's order."""
+    return {name: value for name, value in model.named_parameters() if f".{TRAINED}." in name}
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the trained adapter alone (safetensors and its config) into ``folder``."""
+    model.save_pretrained(str(folder), selected_adapters=[TRAINED], safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)

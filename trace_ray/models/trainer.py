@@ -1,0 +1,222 @@
+"""The trainer: transformers' loop with the hybrid objective, or plain fine-tuning (``sft``).
+
+Only the loss, the batches and their order are ours; optimizer, schedule, clipping, checkpoints and
+resuming are transformers.Trainer's. The reference pass runs on the same weights with the deployed
+adapter switched in, in the same padded batch and precision, so that every margin is exactly 0
+before the first step (dropout aside).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from trace_ray.config import TrainingConfig
+from trace_ray.core import logprobs, losses
+from trace_ray.errors import TrainError
+from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator
+from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.policy_model import reference, save_adapter
+from trace_ray.types import Category
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def response_logits(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits [S, R, V] that predict the response tokens of ``batch``, padded or packed."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS}
+    if "gather" in batch:
+        # SDPA is silently wrong where an additive mask has another dtype than the queries.
+        dtype = getattr(model, "dtype", torch.float32)
+        inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+        kept = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits[0]
+        return kept[batch["gather"]]
+    width = batch["labels"].shape[1] + 1
+    return logprobs.response_logits(model(**inputs, logits_to_keep=width, use_cache=False).logits)
+
+
+class RealignTrainer(Trainer):
+    """``transformers.Trainer`` with TRACE's hybrid loss over rows of mixed categories."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        rows: Sequence[EncodedRow],
+        config: TrainingConfig,
+        args: TrainingArguments,
+        *,
+        pack: bool,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        """Prepare training.
+
+        Args:
+            model: from ``load_policy_model``; ``default`` is trained.
+            rows: RETAIN, INVERT and PUNISH rows with their weights.
+            config: the objective.
+            args: from ``training_arguments``.
+            pack: share common prefixes within a batch (``packing``) instead of padding it.
+            callbacks: transformers' callbacks.
+        """
+        self.config, self.rows = config, list(rows)
+        counts = Counter(row.category for row in self.rows)
+        self.denominators = losses.Denominators.of_step(
+            config.batch_size,
+            counts[Category.INVERT] + counts[Category.PUNISH],
+            counts[Category.RETAIN],
+        )
+        tokens = sum(len(row.chosen_ids) for row in self.rows)
+        self.sft_tokens = config.batch_size * tokens / len(self.rows)
+        self.terms: dict[str, list[float]] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.rows,  # pyright: ignore[reportArgumentType]
+            data_collator=HybridCollator(pack),  # pyright: ignore[reportArgumentType]
+            callbacks=callbacks,
+        )
+        # Our loss has global denominators already: micro-batches add up, they aren't averaged.
+        self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        lengths = [row.n_tokens for row in self.rows]
+        return BucketSampler(lengths, self.args.train_batch_size, self.config.seed)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the step's loss (a scalar)."""
+        logits = response_logits(model, inputs)
+        token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"])
+        if self.config.objective == "sft":
+            loss = losses.sft(token_logps, inputs["mask"], self.sft_tokens)
+            self._note({"sft": loss.detach()})
+        else:
+            loss = self._hybrid_loss(model, inputs, logits, token_logps)
+        if not torch.isfinite(loss):
+            raise TrainError(
+                "the loss is not finite; lower training.learning_rate, or look at the rows of the batch"
+            )
+        return loss
+
+    def _hybrid_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        logits: torch.Tensor,
+        token_logps: torch.Tensor,
+    ) -> torch.Tensor:
+        with reference(self.accelerator.unwrap_model(model)):
+            ref_logits = response_logits(model, batch)
+            ref_logps = logprobs.token_logps(ref_logits, batch["labels"], batch["mask"]).sum(1)
+        logratio = token_logps.sum(1) - ref_logps
+        n_rows, paired = len(batch["category"]), batch["paired"]
+        lengths = batch["mask"].sum(1)
+        retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
+        kl = losses.retain_kl(logits[retained], ref_logits[retained], batch["mask"][retained])
+        terms = losses.HybridTerms(
+            chosen_logratio=logratio[:n_rows],
+            rejected_logratio=losses.to_rows(logratio[n_rows:], paired, n_rows),
+            kl=losses.to_rows(kl, retained, n_rows),
+            category=batch["category"],
+            weight=batch["weight"],
+            chosen_length=lengths[:n_rows],
+            rejected_length=losses.to_rows(lengths[n_rows:], paired, n_rows),
+        )
+        output = losses.hybrid(
+            terms,
+            self.denominators,
+            loss=self.config.loss,
+            beta=self.config.beta,
+            alpha_kl=self.config.alpha_kl,
+        )
+        self._note(output.metrics)
+        return output.loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # transformers would save the reference beside it, and then resume from the reference alone.
+        folder = Path(output_dir or self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.accelerator.unwrap_model(self.model), folder)
+
+    def _note(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            self.terms.setdefault(name, []).append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss's terms, averaged since the last log, to transformers' numbers."""
+        means = {name: sum(values) / len(values) for name, values in self.terms.items() if values}
+        self.terms.clear()
+        super().log(logs | means, start_time)
+
+
+class SmallGradientStop(TrainerCallback):
+    """Stops when the gradient norm falls under epsilon (Algorithm 1's stopping rule)."""
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Ask the trainer to stop where the last gradient was small enough."""
+        if self.epsilon and (logs or {}).get("grad_norm", float("inf")) < self.epsilon:
+            control.should_training_stop = True
+
+
+class StepCallback(TrainerCallback):
+    """Tells ``on_step`` of each optimizer step and stamps log entries with the wall clock."""
+
+    def __init__(self, on_step: Callable[[int, int], None]):
+        self.on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call ``on_step(step, all steps)``."""
+        self.on_step(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add ``timestamp_ms`` to the entry just made."""
+        if state.log_history:
+            state.log_history[-1].setdefault("timestamp_ms", int(time.time() * 1000))
+
+
+def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -> TrainingArguments:
+    """Translate our training section into transformers' arguments."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=max(1, config.batch_size // config.accumulation),
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=0.0,
+        bf16=config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bfloat16()),
+        use_cpu=use_cpu,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_strategy="steps",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,
+    )

@@ -1,0 +1,271 @@
+"""One policy update through the whole fleet: judge once, then realign every model in parallel.
+
+Each stage is content-addressed (``runtime.store``): a run that was killed goes on where it stopped,
+and a run whose inputs have not changed does no work.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray import __version__
+from trace_ray.config import ModelConfig
+from trace_ray.core import triage
+from trace_ray.errors import ConfigError, JudgeError, ModelError, TraceRayError
+from trace_ray.models.references import ModelSource, resolve_model
+from trace_ray.rollout import report as reports
+from trace_ray.rollout.plan import Inputs, read_inputs
+from trace_ray.rollout.realign import Deployed, ModelJob, realign
+from trace_ray.runtime.cluster import connected, result, run_alone
+from trace_ray.runtime.fit_judge import JudgeCard, fit_judge, policy_labels, read_card, require_auc
+from trace_ray.runtime.judge import JudgeSpec, read_triaged, triage_pairs
+from trace_ray.runtime.progress import FLEET, Board, Reporter, View
+from trace_ray.runtime.registry import Registry
+from trace_ray.runtime.store import StageResult, write_json
+from trace_ray.types import Category, TriagedPair, content_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Triaged:
+    """The fleet's triage: made once, used by every model."""
+
+    rows: list[TriagedPair]
+    folder: Path | None
+    """Stage folder of triaged parquet; None for ``sft``, which has no triage."""
+    judge_calls: int
+    card: JudgeCard | None
+
+
+def apply(config_path: str) -> dict[str, Any]:
+    """Run everything a fleet config asks for and return the report.
+
+    Raises:
+        TraceRayError: bad input, a judge that isn't good enough, or every model failed.
+    """
+    import ray
+
+    started = time.monotonic()
+    inputs = read_inputs(config_path)
+    run_dir = inputs.store.run_dir(inputs.run_id)
+    with connected():
+        board = ray.remote(num_cpus=0)(Board).remote()
+        fleet = Reporter(board, FLEET)
+        with View(board):
+            fleet("loading models")
+            sources = {m.name: _source(inputs, m) for m in inputs.config.models}
+            registry = inputs.registry()
+            deployed = {
+                m.name: _deployed(inputs, registry, m, sources) for m in inputs.config.models
+            }
+            pairs, ingested = _ingest(inputs, fleet)
+            if inputs.config.objective == "sft":
+                triaged = Triaged(_all_retained(pairs.path), None, 0, None)
+            else:
+                triaged = _triage(inputs, pairs, fleet)
+            fleet("realigning")
+            jobs = [
+                ModelJob(
+                    inputs=inputs,
+                    model=model,
+                    source=sources[model.name],
+                    deployed=deployed[model.name],
+                    pairs_path=str(pairs.path),
+                    triage_path=str(triaged.folder) if triaged.folder else None,
+                    reporter=Reporter(board, model.name),
+                )
+                for model in inputs.config.models
+            ]
+            results = _realign_all(jobs)
+            fleet("done", note=f"run {inputs.run_id}")
+    report = reports.build(
+        inputs, triaged.rows, triaged.judge_calls, triaged.card, ingested, results, started
+    )
+    reports.write(inputs, run_dir, report, triaged.rows, results)
+    return report
+
+
+def _source(inputs: Inputs, model: ModelConfig) -> ModelSource:
+    try:
+        return resolve_model(model.base, model.revision, inputs.store.models)
+    except ModelError as error:
+        raise ModelError(f"models.{model.name}.base: {error}") from None
+
+
+def _deployed(
+    inputs: Inputs, registry: Registry, model: ModelConfig, sources: dict[str, ModelSource]
+) -> Deployed | None:
+    """Find the adapter a model runs today and check that it belongs to this base."""
+    if model.adapter is None:
+        return None
+    found = registry.resolve(model.adapter, inputs.store.adapters)
+    base = sources[model.name]
+    if found.base_digest and found.base_digest != base.digest:
+        raise ModelError(
+            f"models.{model.name}.adapter: {model.adapter} was trained on another base than "
+            f"{model.base} (digest {found.base_digest[:8]}, not {base.digest[:8]})"
+        )
+    return Deployed(str(found.path), found.adapter_id, found.sha256)
+
+
+def _ingest(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, int]]:
+    """Read the pairs once into parquet; bad rows go to the run's quarantine file."""
+    import json
+
+    from trace_ray.data.sources import ingest
+
+    fleet("reading pairs")
+    data = inputs.config.data
+
+    run_dir = inputs.store.run_dir(inputs.run_id)
+    quarantine = "quarantine.jsonl"
+
+    def work(out: Path) -> None:
+        # Into the run's folder first: a run that stops over too many bad rows must leave them.
+        found = ingest(
+            data.source,
+            data.schema_,
+            out / "pairs.parquet",
+            run_dir / quarantine,
+            data.max_bad_fraction,
+            data.max_pairs,
+        )
+        if found.quarantine:
+            shutil.copyfile(found.quarantine, out / quarantine)
+        counts = {"rows": found.rows, "quarantined": found.bad, "duplicates": found.duplicates}
+        write_json(out / "counts.json", counts)
+
+    key = {"data": inputs.data_digest, "max_bad_fraction": data.max_bad_fraction}
+    stage = inputs.store.stage("pairs", key | {"version": __version__}, work)
+    counts = json.loads((stage.path / "counts.json").read_text())
+    if (stage.path / quarantine).exists() and not (run_dir / quarantine).exists():
+        shutil.copyfile(stage.path / quarantine, run_dir / quarantine)
+    return stage, counts
+
+
+def _all_retained(folder: Path) -> list[TriagedPair]:
+    """Every pair as RETAIN: what ``sft`` trains on."""
+    from trace_ray.runtime.store import read_rows
+    from trace_ray.types import Label, PreferencePair, Verdict
+
+    given = Verdict(Label.COMPLIES, 0.0, "none", reason="objective sft has no triage")
+    rows = read_rows(folder / "pairs.parquet")
+    return [TriagedPair(PreferencePair.from_row(row), Category.RETAIN, given) for row in rows]
+
+
+def _judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
+    """Return the judge, fitted and measured; refuse one that isn't good enough."""
+    import dataclasses
+
+    config = inputs.config.judge
+    if config is None:
+        raise ConfigError("the config has no 'judge' section")
+    if config.kind == "rules":
+        spec = JudgeSpec("rules", inputs.policy, f"rules@{inputs.policy.digest[:8]}")
+        return spec, _rules_card(spec, inputs)
+    if not inputs.labels and config.adapter == "auto":
+        raise JudgeError(
+            "judge.adapter: 'auto' fits the judge on labelled responses: name a file in judge.labels"
+        )
+    source = resolve_model(str(config.model), config.revision, inputs.store.models)
+    key = {
+        "model": source.digest,
+        "policy": inputs.policy.digest,
+        "labels": content_digest([row.to_row() for row in inputs.labels]),
+        "config": config.model_dump(
+            mode="json", exclude={"min_auc", "actors", "resources", "labels"}
+        ),
+        "version": __version__,
+    }
+    spec = JudgeSpec(
+        kind="vllm",
+        policy=inputs.policy,
+        judge_id=f"{Path(source.path).name}@{content_digest(key)[:8]}",
+        model_dir=str(source.path),
+        adapter_dir=config.adapter if config.adapter not in (None, "auto") else None,
+        engine=config.engine,
+        num_threads=config.resources.n_threads,
+    )
+
+    def work(out: Path) -> None:
+        run_alone(config.resources, fit_judge, spec, config, inputs.labels, out, fleet)
+
+    stage = inputs.store.stage("judge", key, work)
+    card = read_card(stage.path)
+    adapter = stage.path / "adapter"
+    adapter_dir = str(adapter) if config.adapter == "auto" else spec.adapter_dir
+    return dataclasses.replace(spec, threshold=card.threshold, adapter_dir=adapter_dir), card
+
+
+def _rules_card(spec: JudgeSpec, inputs: Inputs) -> JudgeCard:
+    """Measure the rules on whatever labels there are; they need no fitting."""
+    from trace_ray.core import metrics
+    from trace_ray.types import Label
+
+    labels = [*inputs.labels, *policy_labels(inputs.policy)]
+    truth = [row.violates for row in labels]
+    if len(set(truth)) < 2:
+        return JudgeCard(spec.judge_id, None, None, 0.5, 0, 0, len(labels))
+    verdicts = spec.build().verdicts([(row.prompt, row.response) for row in labels])
+    said = [verdict.label is Label.VIOLATES for verdict in verdicts]
+    auc, accuracy = metrics.auc(truth, [float(v) for v in said]), metrics.accuracy(truth, said)
+    return JudgeCard(spec.judge_id, auc, accuracy, 0.5, 0, 0, len(labels))
+
+
+def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
+    """Judge the pairs once for the fleet."""
+    config = inputs.config.judge
+    if config is None:
+        raise ConfigError("the config has no 'judge' section")
+    spec, card = _judge(inputs, fleet)
+    require_auc(card, config.min_auc)
+    fleet("triage")
+    key = {
+        "pairs": pairs.path.name,
+        "judge": spec.judge_id,
+        "threshold": spec.threshold,
+        "policy": inputs.policy.digest,
+        "both": config.judge_both,
+        "version": __version__,
+    }
+
+    def work(out: Path) -> None:
+        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, config)
+
+    stage = inputs.store.stage("triage", key, work)
+    rows, calls = read_triaged(stage.path / "rows")
+    counts = triage.counts(rows)
+    fleet("triage", note=" ".join(f"{name} {n}" for name, n in counts.items()))
+    return Triaged(rows, stage.path, calls, card)
+
+
+def _realign_all(jobs: list[ModelJob]) -> dict[str, dict[str, Any]]:
+    """Run all models in parallel; one that fails doesn't stop the others.
+
+    Raises:
+        TraceRayError: every model failed.
+    """
+    import ray
+
+    # Ray Train's placement-group cleaner finds its cluster by RAY_ADDRESS alone: without it, a second
+    # cluster on the host makes it believe that the controller is dead, and it ends the training.
+    address = ray.get_runtime_context().gcs_address
+    task = ray.remote(
+        num_cpus=0, max_retries=0, runtime_env={"env_vars": {"RAY_ADDRESS": address}}
+    )(realign)
+    running = {job.model.name: task.remote(job) for job in jobs}
+    results: dict[str, dict[str, Any]] = {}
+    for name, reference in running.items():
+        try:
+            results[name] = result(reference)
+        except TraceRayError as error:
+            results[name] = {"error": str(error)}
+    if all("error" in result for result in results.values()):
+        raise next(
+            TraceRayError(f"every model failed; {name}: {result['error']}")
+            for name, result in results.items()
+        )
+    return results

@@ -1,0 +1,54 @@
+"""Held-out prompts out of preference pairs that no model trains on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from trace_ray.core.checks import evaluate_policy
+from trace_ray.core.policy import Policy
+from trace_ray.core.triage import categorise
+from trace_ray.data.sources import expand, parse_rows
+from trace_ray.errors import DataError
+from trace_ray.runtime.store import write_text
+from trace_ray.types import Category, EvalPrompt, PreferencePair
+
+
+def write_heldout(
+    source: str, schema: str, policy: Policy, out: Path, *, skip: int, size: int
+) -> dict[str, int]:
+    """Write the prompts of the ``size`` distinct pairs after the first ``skip`` as evaluation prompts.
+
+    Each prompt's bin is its pair's category by the policy's ``checks``. A prompt that the first
+    ``skip`` pairs hold too is left out.
+
+    Returns:
+        Prompts per bin.
+
+    Raises:
+        DataError: the source holds too few pairs.
+    """
+    pairs = {
+        row.pair_id: row
+        for path in expand(source)
+        for row in parse_rows(path, schema)
+        if isinstance(row, PreferencePair)
+    }
+    ordered = list(pairs.values())
+    trained = {pair.prompt for pair in ordered[:skip]}
+    items: dict[str, EvalPrompt] = {}
+    for pair in ordered[skip:]:
+        chosen, rejected = (
+            evaluate_policy(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected)
+        )
+        category = categorise(chosen, rejected)
+        if pair.prompt not in trained and category is not Category.UNJUDGED:
+            items.setdefault(pair.pair_id, EvalPrompt(pair.prompt, category))
+        if len(items) == size:
+            break
+    if len(items) < size:
+        raise DataError(f"{source}: holds only {len(items)} pairs after the first {skip}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps(item.to_row()) + "\n" for item in items.values()))
+    return dict(Counter(str(item.bin) for item in items.values()))

@@ -1,0 +1,121 @@
+"""Reads and checks all inputs of a run before any work: the policy, the files, the models.
+
+Everything the user can get wrong fails here or while the pairs are read, before a model is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trace_ray import __version__
+from trace_ray.config import FleetConfig, load_config, read_yaml
+from trace_ray.core.policy import Policy, parse_policy
+from trace_ray.data.sources import (
+    expand,
+    read_eval_prompts,
+    read_gold,
+    read_labels,
+    read_prompts,
+)
+from trace_ray.errors import ConfigError
+from trace_ray.runtime.registry import Registry, default_uri
+from trace_ray.runtime.store import Store
+from trace_ray.types import Category, EvalPrompt, LabelledResponse, Prompt, content_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """All inputs of one run, read and checked."""
+
+    config: FleetConfig
+    policy: Policy
+    labels: list[LabelledResponse]
+    prompts: list[EvalPrompt]
+    retention: list[Prompt]
+    gold: dict[str, Category]
+    data_digest: str
+    """Digest of the preference files' bytes and of how they are read."""
+    run_id: str
+    store: Store
+
+    def registry(self) -> Registry:
+        """Open the run's MLflow registry."""
+        return open_registry(self.config)
+
+
+def open_registry(config: FleetConfig) -> Registry:
+    """Open the MLflow registry a fleet config names."""
+    tracking = config.tracking
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return Registry(
+        uri or default_uri(Path(config.storage)), tracking.registry_prefix, tracking.experiment
+    )
+
+
+def load_policy(path: str) -> Policy:
+    """Read a policy file; ConfigError lists every problem."""
+    return parse_policy(read_yaml(Path(path)), path)
+
+
+def read_inputs(config_path: str) -> Inputs:
+    """Load the config and everything it names.
+
+    Raises:
+        ConfigError: the config or the policy.
+        DataError: labels, prompts or data files.
+    """
+    config = load_config(config_path)
+    policy = load_policy(config.policy)
+    _check_measurable(config, policy, config_path)
+    judge, evaluation = config.judge, config.evaluation
+    labels = read_labels(Path(judge.labels)) if judge and judge.labels else []
+    retention = evaluation.retention_prompts if evaluation else None
+    digest = _data_digest(config)
+    inputs = {
+        "config": config.model_dump(mode="json", exclude={"storage"}, by_alias=True),
+        "policy": policy.digest,
+        "data": digest,
+        "labels": [row.to_row() for row in labels],
+        "version": __version__,
+    }
+    return Inputs(
+        config=config,
+        policy=policy,
+        labels=labels,
+        prompts=read_eval_prompts(Path(evaluation.prompts)) if evaluation else [],
+        retention=read_prompts(Path(retention)) if retention else [],
+        gold=read_gold(Path(config.data.gold)) if config.data.gold else {},
+        data_digest=digest,
+        run_id=f"{policy.id}-{policy.version}-{content_digest(inputs)[:8]}",
+        store=Store(config.storage),
+    )
+
+
+def _check_measurable(config: FleetConfig, policy: Policy, source: str) -> None:
+    by_rules = config.judge is not None and config.judge.kind == "rules"
+    if any(clause.checks for clause in policy.clauses):
+        return
+    if config.evaluation is not None:
+        raise ConfigError(
+            f"{source}: evaluation: measuring needs at least one clause with 'checks' in "
+            f"{config.policy}: the judge that triages must not grade the result; "
+            "add checks, or leave 'evaluation' out"
+        )
+    if by_rules:
+        raise ConfigError(
+            f"{source}: judge.kind: 'rules' needs at least one clause with 'checks' in {config.policy}"
+        )
+
+
+def _data_digest(config: FleetConfig) -> str:
+    files = [[Path(path).name, file_sha256(Path(path))] for path in expand(config.data.source)]
+    return content_digest([sorted(files), config.data.schema_, config.data.max_pairs])
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes (64 hex digits)."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,350 @@
+"""One model's way through a policy update: score, train, measure, register."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray import __version__
+from trace_ray.config import ModelConfig
+from trace_ray.errors import TrainError
+from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
+from trace_ray.models.families import family_of
+from trace_ray.models.references import ModelSource
+from trace_ray.rollout.plan import Inputs
+from trace_ray.runtime.cluster import run_alone
+from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
+from trace_ray.runtime.progress import Reporter
+from trace_ray.runtime.registry import AdapterRecord
+from trace_ray.runtime.score import ScoreSummary, score_conflicts
+from trace_ray.runtime.store import StageResult, read_rows, write_json, write_rows
+from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, train
+from trace_ray.types import Category, content_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """The adapter a model runs today."""
+
+    path: str
+    adapter_id: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelJob:
+    """One model and everything its realignment reads (plain data: it travels to a worker)."""
+
+    inputs: Inputs
+    model: ModelConfig
+    source: ModelSource
+    deployed: Deployed | None
+    pairs_path: str
+    triage_path: str | None
+    reporter: Reporter
+
+    @property
+    def base_dir(self) -> str:
+        """Directory of the base model."""
+        return str(self.source.path)
+
+    @property
+    def deployed_dir(self) -> str | None:
+        """Directory of the deployed adapter."""
+        return self.deployed.path if self.deployed else None
+
+    def key(self, **more: Any) -> dict[str, Any]:
+        """Digest inputs that every stage of this model shares."""
+        return {
+            "base": self.source.digest,
+            "deployed": self.deployed.sha256 if self.deployed else "",
+            "pairs": Path(self.pairs_path).name,
+            "triage": Path(self.triage_path).name if self.triage_path else "",
+            "version": __version__,
+            **more,
+        }
+
+
+def realign(job: ModelJob) -> dict[str, Any]:
+    """Run one model's stages; runs as a Ray task that holds no CPU itself."""
+    scores = None if job.triage_path is None else _score(job)
+    trained = _train(job, scores)
+    adapter = trained.path / ADAPTER
+    check_adapter(adapter, job.source.digest)
+    sha256 = adapter_sha256(adapter)
+    adapter_id = f"{job.model.name}@{job.inputs.policy.version}-{sha256[:8]}"
+    measured = _measure(job, adapter, sha256) if job.inputs.config.evaluation else None
+    history = json.loads((trained.path / HISTORY).read_text())
+    result = {
+        "name": job.model.name,
+        "family": family_of(job.source.model_type).name,
+        "base": job.model.base,
+        "adapter_id": adapter_id,
+        "adapter_sha256": sha256,
+        "adapter_path": str(adapter),
+        "parent_adapter": job.deployed.adapter_id if job.deployed else None,
+        "rows": history["rows"],
+        "truncated": history["truncated"],
+        "pairs_per_s": _pairs_per_s(history, job.model.training.batch_size),
+        "wall_s": {
+            "score": round(scores.wall_s, 1) if scores else None,
+            "train": round(trained.wall_s, 1),
+            "measure": round(measured.wall_s, 1) if measured else None,
+        },
+        "measures": read_measures(measured.path) if measured else None,
+        "answers_path": str(measured.path / ANSWERS) if measured else None,
+        "scores_path": str(scores.path) if scores else None,
+        "impact": _summary(scores),
+    }
+    job.reporter("register")
+    result["registered_as"] = _register(job, result, history, scores)
+    job.reporter("done", note=adapter_id)
+    return result
+
+
+def _score(job: ModelJob) -> StageResult:
+    training = job.model.training
+    key = job.key(
+        impact=training.impact.model_dump(mode="json", exclude={"batch_size"}),
+        beta=training.beta,
+        lora=training.lora.model_dump(mode="json"),
+        max_length=training.max_length,
+        seed=training.seed,
+    )
+
+    def work(out: Path) -> None:
+        job.reporter("score")
+        run_alone(job.model.resources, _score_worker, job, str(out))
+
+    return job.inputs.store.stage("scores", key, work)
+
+
+def _score_worker(job: ModelJob, out: str) -> None:
+    from trace_ray.runtime.judge import read_triaged
+
+    triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
+    summary = score_conflicts(
+        job.base_dir,
+        job.deployed_dir,
+        triaged,
+        job.model.training,
+        num_threads=job.model.resources.n_threads,
+        progress=lambda done, total: job.reporter("score", done, total),
+    )
+    _write_scores(Path(out), summary)
+
+
+def _write_scores(out: Path, summary: ScoreSummary) -> None:
+    write_json(out / "scores.json", [score.to_row() for score in summary.scores])
+    gold = [
+        {
+            "pair_id": pair.pair_id,
+            "kind": str(pair.kind),
+            "prompt": [turn.to_row() for turn in pair.prompt],
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+        }
+        for pair in summary.gold
+    ]
+    write_json(out / "gold_batch.json", gold)
+    write_json(
+        out / "summary.json",
+        {
+            "method": summary.method,
+            "conflicts": len(summary.scores),
+            "share_clamped": summary.share_clamped,
+            "effective_sample_size": summary.effective_sample_size,
+            "uniform_fallback": summary.uniform_fallback,
+            "truncated": summary.truncated,
+        },
+    )
+
+
+def _summary(scores: StageResult | None) -> dict[str, Any] | None:
+    return None if scores is None else json.loads((scores.path / "summary.json").read_text())
+
+
+def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
+    training = job.model.training
+    key = job.key(
+        training=training.model_dump(mode="json", exclude={"save_steps", "impact"}),
+        scores=scores.path.name if scores else "",
+        policy=job.inputs.policy.digest,
+    )
+    run_name = f"{job.model.name}-{content_digest(key)[:16]}"
+    checkpoints = Path(job.inputs.store.root, "train")
+
+    def work(out: Path) -> None:
+        job.reporter("train")
+        rows = out / "rows.parquet"
+        write_rows(rows, _training_rows(job, scores))
+        train(
+            TrainJob(
+                model=job.model.name,
+                base=job.base_dir,
+                adapter=job.deployed_dir,
+                rows=str(rows),
+                config=training,
+                resources=job.model.resources,
+                out=str(out),
+                run_name=run_name,
+                checkpoints=str(checkpoints),
+            ),
+            job.reporter,
+        )
+        write_meta(out / ADAPTER, job.source.digest)
+        shutil.rmtree(checkpoints / run_name, ignore_errors=True)
+
+    return job.inputs.store.stage("adapters", key, work)
+
+
+def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, Any]]:
+    """Return the rows to train on, each with its category and weight.
+
+    Raises:
+        TrainError: there is no conflict to realign, or no row at all.
+    """
+    if scores is None:
+        pairs = read_rows(Path(job.pairs_path, "pairs.parquet"))
+        return [
+            {k: row[k] for k in ("pair_id", "prompt", "chosen", "rejected")}
+            | {"category": str(Category.RETAIN), "weight": 1.0}
+            for row in pairs
+        ]
+    weights = {
+        row["pair_id"]: row["weight"]
+        for row in json.loads((scores.path / "scores.json").read_text())
+    }
+    if not weights:
+        raise TrainError("no pair conflicts with the policy: nothing to realign, the model is kept")
+    triaged = sorted(read_rows(Path(str(job.triage_path), "rows")), key=lambda row: row["pair_id"])
+    return [
+        {k: row[k] for k in ("pair_id", "prompt", "chosen", "rejected", "category")}
+        | {"weight": weights.get(row["pair_id"], 1.0)}
+        for row in triaged
+        if row["category"] != Category.UNJUDGED
+    ]
+
+
+def _pairs_per_s(history: dict[str, Any], batch_size: int) -> float | None:
+    """Median training speed between log entries: a restart in between does not blur it."""
+    marks = [(e["step"], e["timestamp_ms"]) for e in history["log"] if "loss" in e]
+    speeds = [
+        1000 * batch_size * (step - before) / (now - then)
+        for (before, then), (step, now) in itertools.pairwise(marks)
+        if now > then
+    ]
+    return round(statistics.median(speeds), 2) if speeds else None
+
+
+def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
+    inputs, evaluation = job.inputs, job.inputs.config.evaluation
+    if evaluation is None:
+        raise ValueError("nothing to measure: the config has no evaluation section")
+    key = job.key(
+        adapter=sha256,
+        policy=inputs.policy.digest,
+        prompts=content_digest([item.to_row() for item in inputs.prompts]),
+        retention=content_digest([[t.to_row() for t in p] for p in inputs.retention]),
+        evaluation=evaluation.model_dump(mode="json", exclude={"prompts", "retention_prompts"}),
+        blimp=_has_blimp(),
+    )
+
+    def work(out: Path) -> None:
+        job.reporter("measure")
+        run_alone(job.model.resources, _measure_worker, job, str(adapter), str(out))
+
+    return inputs.store.stage("measures", key, work)
+
+
+def _has_blimp() -> bool:
+    from trace_ray.models.retention import blimp_pairs
+
+    return bool(blimp_pairs(1))
+
+
+def _measure_worker(job: ModelJob, adapter: str, out: str) -> None:
+    inputs, evaluation = job.inputs, job.inputs.config.evaluation
+    if evaluation is None:
+        raise ValueError("nothing to measure: the config has no evaluation section")
+    measure(
+        MeasureJob(
+            base=job.base_dir,
+            before=job.deployed_dir,
+            after=adapter,
+            policy=inputs.policy,
+            prompts=inputs.prompts,
+            retention=inputs.retention,
+            config=evaluation,
+            engine=job.model.engine,
+            num_threads=job.model.resources.n_threads,
+        ),
+        Path(out),
+        lambda what: job.reporter("measure", note=what),
+    )
+
+
+def _register(
+    job: ModelJob, result: dict[str, Any], history: dict[str, Any], scores: StageResult | None
+) -> str:
+    """Register the adapter in MLflow and return ``name/version``."""
+    inputs, training = job.inputs, job.model.training
+    artifacts = [Path(result["adapter_path"]).parent / HISTORY]
+    if scores is not None:
+        artifacts += [
+            scores.path / name for name in ("scores.json", "gold_batch.json", "summary.json")
+        ]
+    if result["answers_path"]:
+        artifacts.append(Path(result["answers_path"]))
+    params = {"objective": training.objective, "base": job.model.base} | {
+        name: str(getattr(training, name))
+        for name in ("loss", "beta", "alpha_kl", "learning_rate", "epochs", "batch_size", "seed")
+    }
+    record = AdapterRecord(
+        name=job.model.name,
+        adapter_dir=Path(result["adapter_path"]),
+        adapter_id=result["adapter_id"],
+        adapter_sha256=result["adapter_sha256"],
+        policy_id=inputs.policy.id,
+        policy_version=inputs.policy.version,
+        policy_digest=inputs.policy.digest,
+        data_digest=inputs.data_digest,
+        base=job.model.base,
+        base_revision=job.source.revision or "",
+        base_digest=job.source.digest,
+        parent_adapter=job.deployed.adapter_id if job.deployed else "",
+        objective=training.objective,
+        alias=inputs.config.tracking.alias,
+        params=params,
+        metrics=_final_metrics(result),
+        history=_metric_history(history["log"]),
+        artifacts=artifacts,
+    )
+    return inputs.registry().register(record).registered_as
+
+
+def _metric_history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the training log as rows of {step, timestamp_ms, metric: value}."""
+    return [
+        {k: v for k, v in entry.items() if isinstance(v, int | float)}
+        for entry in log
+        if "step" in entry and "loss" in entry
+    ]
+
+
+def _final_metrics(result: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if result["pairs_per_s"]:
+        found["pairs_per_s"] = result["pairs_per_s"]
+    measures = result["measures"]
+    if measures:
+        found["tpa_before"] = measures["before"]["tpa"]["value"]
+        found["tpa_after"] = measures["after"]["tpa"]["value"]
+        kept = measures["retention"]
+        found |= {f"retention_{name}": v for name, v in kept.items() if v is not None}
+    return found

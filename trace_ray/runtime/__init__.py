@@ -1,0 +1,1 @@
+"""The thin distributed layer: Ray, vLLM actors, MLflow and storage."""

@@ -1,0 +1,89 @@
+"""The only ``ray.init``: joins the cluster that is there, or starts one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trace_ray.config import Resources
+from trace_ray.errors import TraceRayError
+
+WORKER_ENV = ("HF_HUB_OFFLINE", "TRACE_RAY_DATA", "MLFLOW_TRACKING_URI", "VLLM_LOGGING_LEVEL")
+"""Settings of the driver's environment that workers of a joined cluster get too."""
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Within the block Ray is up; a cluster that was started here is shut down after it."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # PYTHONPATH lets workers import what the driver can (a checkout run in place).
+    package_root = str(Path(__file__).resolve().parents[2])
+    env = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
+    env["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package_root, os.environ.get("PYTHONPATH", "")])
+    )
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    # Several models share a machine's cores: threads that spin while they wait would starve the others.
+    env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    settings = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": env}}
+    joins = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")
+    if joins:
+        ray.init(**settings)
+    else:
+        ray.init(address="local", include_dashboard=False, **settings)
+    _quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_ray_data() -> None:
+    """Our own progress view shows the stages; Ray Data's bars would write over it."""
+    from ray.data import DataContext
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run_alone(resources: Resources, function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function`` in a Ray worker that ends with it: an engine's threads and memory go too.
+
+    Raises:
+        TraceRayError: ours from the function as it is; anything else with its last line.
+    """
+    import ray
+
+    task = ray.remote(
+        num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=1, max_calls=1
+    )(function)
+    return result(task.remote(*args))
+
+
+def result(reference: Any) -> Any:
+    """``ray.get`` that gives back our own errors, and names what killed a task."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, TraceRayError):
+            raise cause from None
+        lines = str(error).strip().splitlines()
+        raise TraceRayError(lines[-1] if lines else "a task failed") from error
+    except RayError as error:
+        raise TraceRayError(f"a worker was lost: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,152 @@
+"""Makes a judge that has earned its place: fitted on labels, calibrated and measured on held-out ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_ray.config import JudgeConfig
+from trace_ray.core import metrics
+from trace_ray.core.policy import Policy
+from trace_ray.errors import JudgeError
+from trace_ray.runtime.judge import JudgeSpec, VLLMJudge
+from trace_ray.runtime.store import write_json
+from trace_ray.types import LabelledResponse
+
+if TYPE_CHECKING:
+    from trace_ray.models.judge_adapter import LabelSplit
+
+CARD = "judge.json"
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeCard:
+    """What is known of a judge; written beside its adapter."""
+
+    name: str
+    auc: float | None
+    accuracy: float | None
+    threshold: float
+    n_fit: int
+    n_calibration: int
+    n_test: int
+
+    def to_row(self) -> dict[str, str | float | int | None]:
+        """Return the card as JSON values."""
+        return asdict(self)
+
+
+def policy_labels(policy: Policy) -> list[LabelledResponse]:
+    """Return the policy's own labelled examples, one group a clause."""
+    return [
+        LabelledResponse(
+            example.as_prompt(),
+            example.response,
+            example.verdict == "violates",
+            f"clause:{clause.id}",
+        )
+        for clause in policy.clauses
+        for example in clause.examples
+    ]
+
+
+def fit_judge(
+    spec: JudgeSpec,
+    config: JudgeConfig,
+    labels: Sequence[LabelledResponse],
+    out: Path,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Fit (``adapter: auto``), calibrate and measure a judge; write its adapter and ``judge.json``.
+
+    Args:
+        spec: the judge, its adapter not yet fitted where ``config.adapter`` is ``auto``.
+        config: the judge section.
+        labels: all labelled responses beside the policy's own examples.
+        out: stage folder.
+        progress: called with (what, done, total).
+
+    Raises:
+        JudgeError: too few labels to fit, calibrate and measure.
+    """
+    import dataclasses
+
+    import torch
+
+    from trace_ray.models.judge_adapter import fit_judge_adapter, split_labels
+
+    split = split_labels(labels, config.fit.seed)
+    _require_both_verdicts(split)
+    torch.set_num_threads(spec.num_threads)
+    adapter = spec.adapter_dir
+    if config.adapter == "auto":
+        adapter = str(out / "adapter")
+        fit_judge_adapter(
+            spec.model_dir,
+            spec.policy,
+            [*split.fit, *policy_labels(spec.policy)],
+            config.fit,
+            Path(adapter),
+            use_cpu=config.resources.num_gpus == 0,
+            on_step=lambda done, total: progress("fitting the judge", done, total),
+        )
+    progress("measuring the judge", 0, 0)
+    judge = VLLMJudge(dataclasses.replace(spec, adapter_dir=adapter))
+    calibration, test = _p(judge, split.calibration), _p(judge, split.test)
+    truth = [row.violates for row in split.test]
+    threshold = config.threshold
+    if threshold == "calibrated":
+        threshold = metrics.best_threshold([row.violates for row in split.calibration], calibration)
+    card = JudgeCard(
+        name=spec.judge_id,
+        auc=metrics.auc(truth, test),
+        accuracy=metrics.accuracy(truth, [p >= threshold for p in test]),
+        threshold=float(threshold),
+        n_fit=len(split.fit) if config.adapter == "auto" else 0,
+        n_calibration=len(calibration),
+        n_test=len(test),
+    )
+    judge.engine.close()
+    write_json(out / CARD, card.to_row())
+
+
+def _require_both_verdicts(split: LabelSplit) -> None:
+    for part, rows in (("calibration", split.calibration), ("test", split.test)):
+        if len({row.violates for row in rows}) < 2:
+            raise JudgeError(
+                f"judge.labels: the {part} part ({len(rows)} rows) holds one verdict only; give more "
+                "labelled responses of both verdicts in more groups"
+            )
+
+
+def _p(judge: VLLMJudge, rows: Sequence[LabelledResponse]) -> list[float]:
+    found = judge.p_violate([(row.prompt, row.response) for row in rows])
+    missing = sum(p is None for p in found)
+    if missing:
+        raise JudgeError(
+            f"judge.labels: {missing} rows don't fit the judge's context; raise judge.engine.max_model_len"
+        )
+    return [p for p in found if p is not None]
+
+
+def read_card(folder: Path) -> JudgeCard:
+    """Return the card of a judge stage."""
+    return JudgeCard(**json.loads((folder / CARD).read_text()))
+
+
+def require_auc(card: JudgeCard, min_auc: float) -> None:
+    """Refuse a judge that is not good enough.
+
+    Raises:
+        JudgeError: with what to do.
+    """
+    if card.auc is not None and card.auc < min_auc:
+        raise JudgeError(
+            f"judge {card.name}: held-out AUC {card.auc:.3f} on {card.n_test} labels is below "
+            f"judge.min_auc {min_auc}. Add labelled responses to judge.labels, use a larger "
+            "judge.model, raise judge.fit.epochs, or use judge.kind: rules; lower judge.min_auc only "
+            "if you accept a triage this wrong."
+        )

@@ -1,0 +1,84 @@
+"""What is registered with an adapter, and what the registry gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """Everything that is registered with a trained adapter."""
+
+    name: str
+    """The model's name in the fleet; the registered model is ``<prefix>-<name>``."""
+    adapter_dir: Path
+    adapter_id: str
+    adapter_sha256: str
+    policy_id: str
+    policy_version: str
+    policy_digest: str
+    data_digest: str
+    base: str
+    base_revision: str
+    base_digest: str
+    parent_adapter: str
+    """Adapter id it started from; empty when it started from the base."""
+    objective: str
+    alias: str
+    """Alias set on the version; empty sets none."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Final numbers, tied to the model."""
+    history: Sequence[Mapping[str, float]] = ()
+    """Training log: rows of ``{step, timestamp_ms, <metric>: value}``."""
+    artifacts: Sequence[Path] = ()
+    """Files or folders kept with the run."""
+
+    def tags(self) -> dict[str, str]:
+        """Return the version's lineage tags."""
+        names = (
+            "policy_id policy_version policy_digest data_digest base base_revision base_digest "
+            "adapter_id adapter_sha256 parent_adapter objective"
+        )
+        return {name: str(getattr(self, name)) for name in names.split()}
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredVersion:
+    """A version of a registered model, as the registry holds it now."""
+
+    name: str
+    version: int
+    run_id: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    created_ms: int
+    reused: bool = False
+    """True where ``register`` found it there already."""
+
+    @property
+    def registered_as(self) -> str:
+        """``name/version``."""
+        return f"{self.name}/{self.version}"
+
+    @property
+    def reference(self) -> str:
+        """``models:/name/version``, for a config or ``Registry.resolve``."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeployedAdapter:
+    """An adapter on this machine, checked against what was registered."""
+
+    path: Path
+    adapter_id: str
+    sha256: str
+    base_digest: str | None
+    """None for a directory that doesn't say which base it belongs to."""
+    registered_as: str
+    """``name/version``; empty for a directory."""
+    tags: Mapping[str, str]

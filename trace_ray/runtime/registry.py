@@ -1,0 +1,359 @@
+"""Adapters in MLflow: one run and one immutable model version each, aliases to point at them.
+
+A version holds the adapter alone (a few MB), through MLflow's LoggedModel. Registering the same
+adapter for the same policy again finds the version that is there. What is read back is compared
+with the sha256 it was registered under. Everything goes through a client with its own address, so
+no global state of MLflow is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_ray.errors import ModelError, RegistryError
+from trace_ray.models.adapters import (
+    CONFIG,
+    WEIGHTS,
+    adapter_sha256,
+    check_adapter,
+    read_base_digest,
+    write_meta,
+)
+from trace_ray.runtime.mlflow_client import first_line, open_client, require_answer, told
+from trace_ray.runtime.records import AdapterRecord, DeployedAdapter, RegisteredVersion
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+_SQLITE = "sqlite:///"
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100
+_NO_ROW_KEYS = ("step", "timestamp_ms")
+
+
+def default_uri(storage: Path) -> str:
+    """Return the embedded registry's address: sqlite in the storage folder."""
+    return f"{_SQLITE}{Path(storage).absolute() / 'mlflow.db'}"
+
+
+class Registry:
+    """One MLflow server or sqlite file, seen as a registry of adapters."""
+
+    def __init__(self, uri: str, prefix: str = "trace", experiment: str = "trace-ray") -> None:
+        """Connect; a sqlite file, its folder and the experiment are made where they are missing.
+
+        Args:
+            uri: MLflow tracking and registry address.
+            prefix: registered models are called ``<prefix>-<model name>``.
+            experiment: MLflow experiment of the runs.
+
+        Raises:
+            RegistryError: nothing answers there.
+        """
+        self.uri = uri
+        self.prefix = prefix
+        self._file: Path | None = None
+        if uri.startswith(_SQLITE):
+            self._file = Path(uri.removeprefix(_SQLITE)).absolute()
+            self.uri = f"{_SQLITE}{self._file}"
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RegistryError(f"{uri}: its folder can't be made: {error.strerror}") from None
+        elif uri.startswith(("http://", "https://")):
+            require_answer(uri)
+        with told(self.uri, "can't be opened"), self._exclusive():
+            self._client = open_client(self.uri)
+            self._experiment_id = self._experiment(experiment)
+
+    def registered_name(self, model: str) -> str:
+        """Return the registered model's name of a model of the fleet."""
+        return f"{self.prefix}-{model}"
+
+    def register(self, record: AdapterRecord) -> RegisteredVersion:
+        """Register an adapter and point ``record.alias`` at it; once only per adapter and policy.
+
+        Raises:
+            RegistryError: MLflow refuses, or the folder holds another adapter than recorded.
+        """
+        sha256 = adapter_sha256(record.adapter_dir)
+        if sha256 != record.adapter_sha256:
+            raise RegistryError(
+                f"{record.adapter_dir}: holds adapter {sha256[:8]}, but "
+                f"{record.adapter_sha256[:8]} was recorded; it changed since it was trained"
+            )
+        name = self.registered_name(record.name)
+        with told(self.uri, f"{name} can't be registered"), self._exclusive():
+            found = self._existing(name, record)
+            version = int((found or self._create(name, record)).version)
+            if record.alias:
+                self._client.set_registered_model_alias(name, record.alias, str(version))
+            made = self._version(name, self._client.get_model_version(name, str(version)))
+        return replace(made, reused=found is not None)
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point an alias of a registered model (its full name) at a version."""
+        with told(self.uri, f"alias {name}@{alias} can't be set"), self._exclusive():
+            self._client.set_registered_model_alias(name, alias, str(version))
+
+    def versions(self, name: str) -> list[RegisteredVersion]:
+        """Return all versions of a registered model (its full name), oldest first, with aliases.
+
+        Raises:
+            RegistryError: MLflow can't be read; a name nobody registered is an empty list.
+        """
+        with told(self.uri, f"{name} can't be listed"):
+            found = self._search(name)
+            aliases = self._aliases(name) if found else {}
+            return [self._version(name, each, aliases) for each in found]
+
+    def resolve(self, reference: str, cache: Path) -> DeployedAdapter:
+        """Return an adapter's files on this machine, checked.
+
+        Args:
+            reference: ``models:/name@alias``, ``models:/name/3`` or a directory.
+            cache: folder that downloads go to, one sub-folder per adapter.
+
+        Raises:
+            RegistryError: no such model, alias or version, or its files aren't what was registered.
+            ModelError: a directory that holds no usable adapter.
+        """
+        if not reference.startswith("models:"):
+            return _from_directory(reference)
+        match = _REFERENCE.fullmatch(reference)
+        if match is None:
+            raise RegistryError(f"{reference}: write models:/name@alias or models:/name/3")
+        found = self._find(reference, match["name"], match["alias"], match["version"])
+        tags = dict(found.tags or {})
+        sha256 = tags.get("adapter_sha256")
+        if not sha256:
+            raise RegistryError(
+                f"{reference}: has no tag adapter_sha256; it wasn't registered here"
+            )
+        path = self._download(reference, found, sha256, Path(cache))
+        return DeployedAdapter(
+            path,
+            tags.get("adapter_id") or f"{found.name}-v{found.version}",
+            sha256,
+            tags.get("base_digest") or None,
+            f"{found.name}/{found.version}",
+            tags,
+        )
+
+    def _find(
+        self, reference: str, name: str, alias: str | None, version: str | None
+    ) -> ModelVersion:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if alias is not None:
+                return self._client.get_model_version_by_alias(name, alias)
+            return self._client.get_model_version(name, str(version))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise RegistryError(f"{self.uri}: {reference}: {first_line(error)}") from None
+            known = self.versions(name)
+            if not known:
+                hint = f"nobody registered {name} there; run `trace-ray apply` for it first"
+            elif alias is not None:
+                given = sorted({each for item in known for each in item.aliases})
+                hint = f"{name} has no alias {alias!r}; it has {', '.join(given) or 'none'}"
+            else:
+                hint = f"{name} has versions {', '.join(str(item.version) for item in known)}"
+            raise RegistryError(f"{reference}: not in {self.uri}: {hint}") from None
+
+    def _download(self, reference: str, found: ModelVersion, sha256: str, cache: Path) -> Path:
+        """Return an adapter's cached folder, filled by one rename; a damaged one is replaced."""
+        from mlflow.artifacts import download_artifacts
+
+        final = cache / sha256[:16]
+        if final.exists():
+            with contextlib.suppress(ModelError):
+                if adapter_sha256(final) == sha256:
+                    return final
+        draft = cache / f".{sha256[:16]}.tmp-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        draft.mkdir(parents=True)
+        try:
+            with told(self.uri, f"{reference} can't be downloaded"):
+                downloaded = download_artifacts(
+                    artifact_uri=self._location(found),
+                    dst_path=str(draft),
+                    tracking_uri=self.uri,
+                    registry_uri=self.uri,
+                )
+            _require_sha256(reference, Path(downloaded), sha256)
+            if final.exists():
+                final.rename(draft / "damaged")
+                shutil.rmtree(draft / "damaged")
+            Path(downloaded).rename(final)
+        except OSError:
+            # Another process published the same adapter first.
+            _require_sha256(reference, final, sha256)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return final
+
+    def _location(self, found: ModelVersion) -> str:
+        """Where a version's files are; asked by id, not through MLflow's global registry."""
+        if found.model_id:
+            return self._client.get_logged_model(found.model_id).artifact_location
+        return self._client.get_model_version_download_uri(found.name, found.version)
+
+    def _existing(self, name: str, record: AdapterRecord) -> ModelVersion | None:
+        wanted = (record.adapter_sha256, record.policy_digest)
+        for found in self._search(name):
+            tags = found.tags or {}
+            if (tags.get("adapter_sha256"), tags.get("policy_digest")) == wanted:
+                return found
+        return None
+
+    def _create(self, name: str, record: AdapterRecord) -> ModelVersion:
+        """Make the run, its model and the version; a run that fails on the way is marked so."""
+        from mlflow.exceptions import MlflowException
+
+        client = self._client
+        run = client.create_run(self._experiment_id, run_name=record.adapter_id, tags=record.tags())
+        run_id = run.info.run_id
+        try:
+            self._log(run_id, record)
+            model_id, source = self._log_model(run_id, record)
+            with contextlib.suppress(MlflowException):  # there since an earlier version
+                client.create_registered_model(name)
+            version = client.create_model_version(
+                name,
+                source=source,
+                run_id=run_id,
+                tags=record.tags(),
+                model_id=model_id,
+            )
+        except BaseException:
+            client.set_terminated(run_id, "FAILED")
+            raise
+        client.set_terminated(run_id)
+        return version
+
+    def _log(self, run_id: str, record: AdapterRecord) -> None:
+        from mlflow.entities import Metric, Param
+
+        params = [Param(key, str(value)) for key, value in record.params.items()]
+        for start in range(0, len(params), _PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(key, float(value), int(row.get("timestamp_ms", now)), int(row.get("step", 0)))
+            for row in record.history
+            for key, value in row.items()
+            if key not in _NO_ROW_KEYS
+        ]
+        for start in range(0, len(metrics), _METRICS_PER_CALL):
+            self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_CALL])
+        for path in map(Path, record.artifacts):
+            if path.is_dir():
+                self._client.log_artifacts(run_id, str(path), path.name)
+            else:
+                self._client.log_artifact(run_id, str(path))
+
+    def _log_model(self, run_id: str, record: AdapterRecord) -> tuple[str, str]:
+        """Store the adapter's files as a LoggedModel; return its id and the version's source."""
+        client = self._client
+        model = client.create_logged_model(
+            self._experiment_id,
+            name=re.sub(r"[^A-Za-z0-9_-]+", "-", record.name),
+            source_run_id=run_id,
+            tags=record.tags(),
+            model_type="lora",
+        )
+        with tempfile.TemporaryDirectory() as draft:
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(Path(record.adapter_dir, name), Path(draft, name))
+            write_meta(draft, record.base_digest)
+            client.log_model_artifacts(model.model_id, draft)
+        client.finalize_logged_model(model.model_id, "READY")
+        for key, value in record.metrics.items():
+            client.log_metric(run_id, key, float(value), model_id=model.model_id)
+        # A database opened directly looks ``models:/`` up in MLflow's global store: name the files.
+        served = self.uri.startswith(("http://", "https://"))
+        return model.model_id, f"models:/{model.model_id}" if served else model.artifact_location
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        folder = self._file.parent / "mlartifacts" if self._file else None
+        location = folder.as_uri() if folder else None
+        return self._client.create_experiment(name, artifact_location=location)
+
+    def _search(self, name: str) -> list[ModelVersion]:
+        found: list[ModelVersion] = []
+        token = None
+        while True:
+            page = self._client.search_model_versions(f"name='{name}'", page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda each: int(each.version))
+
+    def _aliases(self, name: str) -> dict[str, str]:
+        return dict(self._client.get_registered_model(name).aliases)
+
+    def _version(
+        self, name: str, found: ModelVersion, aliases: Mapping[str, str] | None = None
+    ) -> RegisteredVersion:
+        aliases = self._aliases(name) if aliases is None else aliases
+        mine = sorted(alias for alias, at in aliases.items() if str(at) == str(found.version))
+        return RegisteredVersion(
+            name,
+            int(found.version),
+            found.run_id or "",
+            tuple(mine),
+            dict(found.tags or {}),
+            int(found.creation_timestamp or 0),
+        )
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep other writers out of a sqlite file: they'd meet in its migrations and its locks."""
+        if self._file is None:
+            yield
+            return
+        import fcntl
+
+        with self._file.with_suffix(".lock").open("w") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _from_directory(reference: str) -> DeployedAdapter:
+    path = Path(reference).expanduser().absolute()
+    if not path.is_dir():
+        raise ModelError(
+            f"{reference}: no such adapter directory; write a directory, models:/name@alias or "
+            "models:/name/3"
+        )
+    check_adapter(path)
+    sha256 = adapter_sha256(path)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
+    return DeployedAdapter(path, f"{name}-{sha256[:8]}", sha256, read_base_digest(path), "", {})
+
+
+def _require_sha256(reference: str, folder: Path, sha256: str) -> None:
+    try:
+        found = adapter_sha256(folder)
+    except ModelError as error:
+        raise RegistryError(f"{reference}: its artifacts are incomplete: {error}") from None
+    if found != sha256:
+        raise RegistryError(
+            f"{reference}: its files are adapter {found[:8]}, but {sha256[:8]} was registered; "
+            "someone changed them in the artifact store: do not use this version, register again"
+        )

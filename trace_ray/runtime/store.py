@@ -1,0 +1,133 @@
+"""Content-addressed stages: same inputs, same key, work done once.
+
+A stage writes into a temporary folder beside its final place, ``<storage>/stages/<stage>/<key>``, and is
+published by one rename. A folder that exists is therefore complete; a killed run leaves only a
+temporary folder, which the next run of that stage removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray.types import content_digest
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A finished stage."""
+
+    path: Path
+    reused: bool
+    """True where an earlier run had done the work."""
+    wall_s: float
+    """Seconds the work took when it was done, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The stages under one storage folder (picklable: it is only a path)."""
+
+    root: str
+
+    @property
+    def models(self) -> Path:
+        """Cache of converted and downloaded base models."""
+        return Path(self.root, "models")
+
+    @property
+    def adapters(self) -> Path:
+        """Cache of adapters downloaded from the registry."""
+        return Path(self.root, "adapters")
+
+    def run_dir(self, run_id: str) -> Path:
+        """Folder of one run's records; made if missing."""
+        path = Path(self.root, "runs", run_id)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], float | None]
+    ) -> StageResult:
+        """Return the folder of stage ``name`` for ``inputs``, doing ``work`` only if it is missing.
+
+        Args:
+            name: the stage, e.g. ``triage``.
+            inputs: everything the result depends on, as JSON values.
+            work: fills the given empty folder and returns the seconds of real work.
+        """
+        import time
+
+        key = content_digest(dict(inputs))[:16]
+        final = Path(self.root, "stages", name, key)
+        if (final / RECORD).exists():
+            record = json.loads((final / RECORD).read_text())
+            return StageResult(final, True, record["wall_s"])
+        _remove_abandoned(final)
+        draft = final.with_name(
+            f"{key}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        )
+        draft.mkdir(parents=True)
+        started = time.monotonic()
+        try:
+            seconds = work(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        wall_s = time.monotonic() - started if seconds is None else seconds
+        record = {"stage": name, "key": key, "inputs": dict(inputs), "wall_s": round(wall_s, 2)}
+        write_json(draft / RECORD, record)
+        try:
+            draft.rename(final)
+        except OSError:
+            # Another run published the same key first: its content is the same by construction.
+            if not (final / RECORD).exists():
+                raise
+            shutil.rmtree(draft, ignore_errors=True)
+        return StageResult(final, False, wall_s)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove drafts of this stage whose writer, on this host, is no longer alive."""
+    for draft in final.parent.glob(f"{final.name}.tmp-{socket.gethostname()}-*"):
+        pid = int(draft.name.rsplit("-", 2)[1])
+        if not os.path.exists(f"/proc/{pid}"):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, complete or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as one parquet file, complete or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
+    pq.write_table(pa.Table.from_pylist(rows), draft)
+    os.replace(draft, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a parquet file, or of all the parquet files of a folder."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()

@@ -1,0 +1,170 @@
+"""Training of one model on Ray Train (V2): the worker's function and the run around it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ray.config import Resources, TrainingConfig
+from trace_ray.errors import TrainError
+from trace_ray.runtime.progress import Reporter
+from trace_ray.runtime.store import read_rows, write_json
+from trace_ray.types import Category, Message
+
+if TYPE_CHECKING:
+    from trace_ray.models.collate import EncodedRow
+
+ADAPTER, HISTORY = "adapter", "history.json"
+TRAINED_CATEGORIES = (Category.INVERT, Category.PUNISH, Category.RETAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """Everything a training worker needs (plain data: it travels to the worker)."""
+
+    model: str
+    base: str
+    """Directory of the base model."""
+    adapter: str | None
+    """Directory of the deployed adapter."""
+    rows: str
+    """Parquet of rows with ``pair_id, prompt, chosen, rejected, category, weight``."""
+    config: TrainingConfig
+    resources: Resources
+    out: str
+    """Folder that gets ``adapter/`` and ``history.json``."""
+    run_name: str
+    """Unique per logical run: Ray Train resumes a run of the same name from its checkpoint."""
+    checkpoints: str
+    """Folder of Ray Train's runs."""
+
+
+def train(job: TrainJob, reporter: Reporter) -> None:
+    """Run one model's training to its end, resuming where an earlier attempt stopped.
+
+    Raises:
+        TrainError: training failed; the message holds the worker's reason.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources: dict[str, float] = {"CPU": job.resources.num_cpus}
+    if job.resources.num_gpus:
+        resources["GPU"] = job.resources.num_gpus
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job, "reporter": reporter},
+        scaling_config=ScalingConfig(
+            num_workers=1, use_gpu=job.resources.num_gpus > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=job.run_name,
+            storage_path=job.checkpoints,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise TrainError(f"{job.model}: training failed: {root_cause(error)}") from None
+    if not Path(job.out, ADAPTER).exists():
+        # The run had ended before, but its output was lost: start it afresh.
+        shutil.rmtree(Path(job.checkpoints, job.run_name), ignore_errors=True)
+        raise TrainError(f"{job.model}: an earlier run left no adapter; run the job again")
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost message of an error that crossed Ray."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    cause = getattr(error, "cause", None) or error.__cause__
+    while cause is not None and cause is not error:
+        error, cause = cause, getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _train_worker(loop_config: dict[str, Any]) -> None:
+    """Runs in a Ray Train worker: load, train from the last checkpoint, save the adapter."""
+    import ray.train
+    import torch
+    from ray.train.huggingface.transformers import RayTrainReportCallback
+    from transformers.utils import logging as transformers_logging
+
+    from trace_ray.models.families import load_tokenizer
+    from trace_ray.models.packing import can_pack
+    from trace_ray.models.policy_model import load_policy_model, save_adapter
+    from trace_ray.models.trainer import (
+        RealignTrainer,
+        SmallGradientStop,
+        StepCallback,
+        training_arguments,
+    )
+
+    job: TrainJob = loop_config["job"]
+    reporter: Reporter = loop_config["reporter"]
+    transformers_logging.set_verbosity_error()
+    use_cpu = job.resources.num_gpus == 0
+    if use_cpu:
+        torch.set_num_threads(job.resources.n_threads)
+    tokenizer = load_tokenizer(job.base)
+    model = load_policy_model(job.base, job.adapter, job.config.lora, seed=job.config.seed)
+    rows = encode_rows(tokenizer, read_rows(Path(job.rows)), job.config)
+    work = Path(job.checkpoints, job.run_name, "work")
+    trainer = RealignTrainer(
+        model,
+        rows,
+        job.config,
+        training_arguments(job.config, work, use_cpu=use_cpu),
+        pack=can_pack(model.config, job.config.max_length),
+        callbacks=[
+            StepCallback(lambda done, total: reporter("train", done, total)),
+            RayTrainReportCallback(),
+            SmallGradientStop(job.config.min_grad_norm),
+        ],
+    )
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        trainer.train()
+    else:
+        with checkpoint.as_directory() as folder:
+            trainer.train(resume_from_checkpoint=str(Path(folder, "checkpoint")))
+    if ray.train.get_context().get_world_rank() == 0:
+        save_adapter(model, Path(job.out, ADAPTER))
+        history = {
+            "log": trainer.state.log_history,
+            "steps": trainer.state.global_step,
+            "rows": len(rows),
+            "truncated": sum(row.truncated for row in rows),
+        }
+        write_json(Path(job.out, HISTORY), history)
+
+
+def encode_rows(
+    tokenizer: Any, rows: list[dict[str, Any]], config: TrainingConfig
+) -> list[EncodedRow]:
+    """Tokenise the rows that the objective trains on."""
+    from trace_ray.models.collate import encode_row
+
+    encoded = []
+    for row in rows:
+        category = Category.RETAIN if config.objective == "sft" else Category(row["category"])
+        if category not in TRAINED_CATEGORIES:
+            continue
+        prompt = tuple(Message(**turn) for turn in row["prompt"])
+        weight = 1.0 if row.get("weight") is None else float(row["weight"])
+        encoded.append(
+            encode_row(
+                tokenizer,
+                row,
+                prompt,
+                category=category,
+                weight=weight,
+                max_length=config.max_length,
+            )
+        )
+    return encoded

@@ -1,0 +1,154 @@
+"""What the endpoint serves: base models, their adapters and the names they answer to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from trace_ray.config import EngineConfig, Section, validation_problems
+from trace_ray.errors import ConfigError, problems
+
+DEFAULT_ALIAS = "champion"
+"""The bare model name means the adapter with this alias, where there is one."""
+
+
+class ServedAdapter(Section):
+    """One immutable adapter."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*@[A-Za-z0-9._-]+$")
+    """``<model>@<policy version>-<8 hex digits>``; also a name it answers to."""
+    path: str
+    """Directory with adapter_config.json and adapter_model.safetensors."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """``models.adapters.adapter_sha256`` of the folder; checked before the adapter is loaded."""
+    aliases: list[str] = Field(default_factory=list)
+    """Names that may move to another adapter: ``<model>@<alias>``."""
+
+
+class ServedModel(Section):
+    """A base model and its adapters under one public name."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    base: str
+    """Local directory with the base model's safetensors, config and tokenizer."""
+    chat_template: str | None = None
+    """Jinja text or file; null = the tokenizer's own."""
+    adapters: list[ServedAdapter] = Field(default_factory=list)
+    """Oldest first."""
+    default: str = DEFAULT_ALIAS
+    """Alias, or ``base``, that the bare name means; without that alias, the newest adapter."""
+
+    @model_validator(mode="after")
+    def _names_are_sound(self) -> ServedModel:
+        seen: set[str] = set()
+        for adapter in self.adapters:
+            if adapter.id.partition("@")[0] != self.name:
+                raise ValueError(f"adapter id {adapter.id!r} must start with '{self.name}@'")
+            for alias in (adapter.id.partition("@")[2], *adapter.aliases):
+                if alias in seen or alias == "base":
+                    raise ValueError(f"'{self.name}@{alias}' is used twice")
+                seen.add(alias)
+        return self
+
+
+class ServeConfig(Section):
+    """Everything one endpoint needs."""
+
+    models: list[ServedModel] = Field(min_length=1)
+    engine: EngineConfig = EngineConfig()
+    """Settings of every engine; there is one engine per distinct base."""
+    num_cpus: float = Field(default=1, gt=0)
+    """Cores per engine; also its threads."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs per engine."""
+    replicas: int = Field(default=1, ge=1)
+    """Engines per base, side by side."""
+
+    @model_validator(mode="after")
+    def _models_agree(self) -> ServeConfig:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError("model names must differ")
+        templates: dict[str, str | None] = {}
+        for model in self.models:
+            base = os.path.abspath(model.base)
+            if templates.setdefault(base, model.chat_template) != model.chat_template:
+                raise ValueError(f"models on one base share one chat_template: {model.base}")
+        return self
+
+
+class Route(Section):
+    """Where a public name leads."""
+
+    name: str
+    base: str
+    """Absolute directory of the base model: which engine."""
+    adapter_id: str | None = None
+    """None is the base model itself."""
+    kind: Literal["base", "adapter"] = "base"
+
+
+def parse_config(args: Mapping[str, Any] | ServeConfig) -> ServeConfig:
+    """Validate the arguments of ``serve run`` and check that what they name exists.
+
+    Raises:
+        ConfigError: naming every problem at once.
+    """
+    if isinstance(args, ServeConfig):
+        config = args
+    else:
+        try:
+            config = ServeConfig.model_validate(dict(args))
+        except ValidationError as error:
+            raise validation_problems("serve config", error) from None
+    found = []
+    for index, model in enumerate(config.models):
+        if not (Path(model.base) / "config.json").is_file():
+            found.append((f"models.{index}.base", f"no model (config.json) in {model.base}"))
+        for place, adapter in enumerate(model.adapters):
+            if not (Path(adapter.path) / "adapter_config.json").is_file():
+                where = f"models.{index}.adapters.{place}.path"
+                found.append((where, f"no adapter (adapter_config.json) in {adapter.path}"))
+    if found:
+        raise problems("serve config", found)
+    return config
+
+
+def routes(config: ServeConfig) -> dict[str, Route]:
+    """Return every public name and where it leads.
+
+    Per model: its bare name, ``@base``, each adapter's id and each ``@<alias>``.
+
+    Raises:
+        ConfigError: ``default`` names an alias that no adapter has.
+    """
+    table: dict[str, Route] = {}
+    for model in config.models:
+        base = os.path.abspath(model.base)
+
+        def add(name: str, adapter_id: str | None, base: str = base) -> None:
+            kind: Literal["base", "adapter"] = "base" if adapter_id is None else "adapter"
+            table[name] = Route(name=name, base=base, adapter_id=adapter_id, kind=kind)
+
+        add(model.name, _default_adapter(model))
+        add(f"{model.name}@base", None)
+        for adapter in model.adapters:
+            add(adapter.id, adapter.id)
+            for alias in adapter.aliases:
+                add(f"{model.name}@{alias}", adapter.id)
+    return table
+
+
+def _default_adapter(model: ServedModel) -> str | None:
+    if model.default == "base" or not model.adapters:
+        return None
+    for adapter in model.adapters:
+        if model.default in (adapter.id, *adapter.aliases):
+            return adapter.id
+    if model.default != DEFAULT_ALIAS:
+        raise ConfigError(f"serve config: {model.name}: no adapter has alias {model.default!r}")
+    return model.adapters[-1].id

@@ -1,0 +1,204 @@
+"""One Ray Serve replica: a vLLM engine with its own OpenAI handlers, adapters as requests.
+
+Every import from vLLM's server side, which is not a stable interface, stands in this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trace_ray.config import EngineConfig
+from trace_ray.errors import ModelError, ServeError
+from trace_ray.models.adapters import adapter_sha256
+from trace_ray.models.device import has_gpu
+from trace_ray.models.engine import engine_kwargs
+
+BASE_NAME = "base"
+"""Name of the base model inside its engine."""
+PLUGIN = "trace_ray_cpu_lora"
+
+
+def check_digest(adapter_id: str, path: str, sha256: str) -> None:
+    """Refuse an adapter whose weights are not the ones that were named.
+
+    Raises:
+        ServeError: the file is missing or has another digest.
+    """
+    try:
+        found = adapter_sha256(Path(path))
+    except ModelError as error:
+        raise ServeError(f"adapter {adapter_id}: {error}") from None
+    if found != sha256:
+        raise ServeError(
+            f"adapter {adapter_id}: {path} has digest {found[:12]}..., expected {sha256[:12]}...; "
+            "the adapter is refused"
+        )
+
+
+def _allow_plugin() -> None:
+    """Make sure the engine's own process will load the CPU LoRA repair.
+
+    Raises:
+        ServeError: the package's entry points are not installed.
+    """
+    from importlib.metadata import entry_points
+
+    if has_gpu():
+        return
+    if PLUGIN not in entry_points(group="vllm.general_plugins").names:
+        raise ServeError("trace-ray must be installed (pip install -e .) to serve on the CPU")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = ",".join([*filter(None, [allowed]), PLUGIN])
+
+
+class EngineReplica:
+    """An engine for one base model and all adapters on it."""
+
+    def __init__(self, base: str, chat_template: str | None, engine: dict[str, Any]) -> None:
+        """Remember what to start; the engine starts in ``reconfigure``, before any request."""
+        self._base = base
+        self._chat_template = chat_template
+        self._config = EngineConfig.model_validate(engine)
+        self._lock = asyncio.Lock()
+        self._engine: Any = None
+        self._state: Any = None
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Load the adapters named in ``user_config`` and forget all others, without a restart.
+
+        Raises:
+            ServeError: an adapter's digest is wrong, or vLLM can't load it.
+        """
+        adapters = user_config["adapters"]
+        for adapter in adapters:
+            await asyncio.to_thread(check_digest, adapter["id"], adapter["path"], adapter["sha256"])
+        async with self._lock:
+            if self._engine is None:
+                await self._start()
+            await self._load(adapters)
+
+    async def _start(self) -> None:
+        _allow_plugin()
+        from starlette.datastructures import State
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments: Any = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        arguments.model = self._base
+        arguments.served_model_name = [BASE_NAME]
+        arguments.chat_template = self._chat_template
+        kwargs = engine_kwargs(self._config, self._base, lora=True)
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**kwargs, served_model_name=[BASE_NAME], disable_log_stats=True)
+        )
+        self._state = State()
+        await init_app_state(self._engine, self._state, arguments, supported_tasks=("generate",))
+
+    async def _load(self, adapters: list[Mapping[str, Any]]) -> None:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.lora.protocol import (
+            LoadLoRAAdapterRequest,
+            UnloadLoRAAdapterRequest,
+        )
+
+        models = self._state.openai_serving_models
+        wanted = {adapter["id"]: adapter for adapter in adapters}
+        for adapter_id, adapter in wanted.items():
+            if adapter_id in models.lora_requests:
+                continue
+            request = LoadLoRAAdapterRequest(lora_name=adapter_id, lora_path=adapter["path"])
+            answer = await models.load_lora_adapter(request)
+            if isinstance(answer, ErrorResponse):
+                raise ServeError(f"adapter {adapter_id}: {answer.error.message}")
+        for adapter_id in [name for name in models.lora_requests if name not in wanted]:
+            await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
+
+    async def check_health(self) -> None:
+        """Raise when the engine is dead, so that Serve replaces this replica."""
+        if self._engine is not None:
+            await self._engine.check_health()
+
+    async def ping(self) -> int:
+        """Return this replica's process id; 0 while the engine starts."""
+        await self.check_health()
+        return 0 if self._engine is None else os.getpid()
+
+    async def complete(
+        self, kind: str, body: dict[str, Any], name: str, adapter_id: str | None
+    ) -> AsyncIterator[Any]:
+        """Answer one OpenAI request.
+
+        Args:
+            kind: ``chat`` or ``completion``.
+            body: The request's JSON.
+            name: The model name that was asked for; echoed.
+            adapter_id: The adapter that answers; None is the base model.
+
+        Yields:
+            First ``(status, streaming)``, then the body's text in parts.
+        """
+        try:
+            answer = await self._handle(kind, body | {"model": adapter_id or BASE_NAME})
+        except Exception as error:
+            answer = _error(error)
+        mark = {"model": name, "system_fingerprint": adapter_id or BASE_NAME}
+        if hasattr(answer, "error"):
+            yield answer.error.code, False
+            yield answer.model_dump_json()
+        elif hasattr(answer, "model_dump"):
+            yield 200, False
+            yield json.dumps(answer.model_dump(mode="json") | mark)
+        else:
+            yield 200, True
+            async for event in answer:
+                yield _mark_event(event, mark)
+
+    async def _handle(self, kind: str, body: dict[str, Any]) -> Any:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        if kind == "chat":
+            handler = self._state.openai_serving_chat
+            return await handler.create_chat_completion(ChatCompletionRequest(**body))
+        handler = self._state.openai_serving_completion
+        return await handler.create_completion(CompletionRequest(**body))
+
+    def __del__(self) -> None:
+        """Stop the engine's process with the replica."""
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.shutdown()
+
+
+def _error(error: Exception) -> Any:
+    """Turn what vLLM or pydantic raised into vLLM's OpenAI-form error."""
+    from pydantic import ValidationError
+    from vllm.entrypoints.serve import create_error_response
+
+    if isinstance(error, ValidationError):
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        return create_error_response("; ".join(lines))
+    return create_error_response(error)
+
+
+def _mark_event(event: str, mark: Mapping[str, str]) -> str:
+    """Put the requested model name into one server-sent event."""
+    head, _, data = event.partition("data: ")
+    if head or not data.startswith("{"):
+        return event
+    chunk = json.loads(data)
+    if "error" in chunk:
+        return event
+    return f"data: {json.dumps(chunk | mark)}\n\n"
