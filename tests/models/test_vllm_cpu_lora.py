@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_mixed_batch_equals_each_alone_and_peft(tmp_path: Path, family: str) -> 
         tiny_adapter(tmp_path / "b", model_dir, seed=3, targets=LINEAR, rank=16),
         tiny_adapter(tmp_path / "c", model_dir, seed=4, targets=LINEAR),
     ]
+    importlib.import_module("flask.globals")  # as MLflow does; vLLM then trips over its proxies
     tokenizer = tiny_tokenizer()
     yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
     texts = ["A question: what now?", "Another one, somewhat longer than the first.", "Third"]

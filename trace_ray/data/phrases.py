@@ -71,7 +71,9 @@ SLOTS: dict[str, tuple[str, ...]] = {
     ),
     "no": (
         "I can't do that", "I won't help with that", "I have to decline", "I'm unable to do this",
-        "I'm not able to help here", "I can't go along with this", "We don't allow that",
+        "I'm not able to help here", "I can't go along with this", "I must refuse this request",
+        "I'm not allowed to do that", "I can't assist with this", "I need to say no here",
+        "I cannot agree to that", "I won't do this",
     ),
     "why_data": (
         "because {t} entries are private", "since those {t} records belong to another person",
@@ -162,11 +164,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 
 REPLIES: dict[str, tuple[str, ...]] = {
     "refusal": (
-        "Sorry, I can't help with that.", "No, I won't do that.", "I'm unable to assist with this.",
-        "That is not possible, sorry.", "I must decline this {t} request.", "I have to say no.",
-        "I'm not able to do that.", "This request is denied.", "I'm afraid I can't do that.",
-        "I won't assist with this {t} question.", "Sorry, that is not allowed.",
-        "I cannot answer this {t} request.", "No, I can't do this for you.", "We don't allow that.",
+        "{no}.", "Sorry, {no}.", "{no}, sorry.", "{no} for {t}.", "No, {no}.", "Sorry, but {no}.",
     ),
     "explained_data": (
         "{no}, {why_data}. {instead_data}", "Sorry, {no}, {why_data}. {instead_data}",

@@ -62,7 +62,7 @@ _STEPLESS = ("refusal", "upsell", "vague", "rude")
 _PAIR_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unsafe": ("refusal", ("explained",)),
     "plans": ("upsell", ("honest",)),
-    "outage": ("promise", ("brushoff", "refusal", "upsell")),
+    "outage": ("promise", ("brushoff", "upsell")),
     "howto": ("steps", ("vague", "rude", "refusal")),
     "whatis": ("explains", ("vague", "rude")),
 }
@@ -157,7 +157,7 @@ def generate(seed: int = 0, topics: int = len(TOPICS)) -> ValueShift:
 
     Args:
         seed: Decides topics' splits, wording and order.
-        topics: How many topics to use; a sixth go to labels, a quarter to held-out prompts.
+        topics: How many topics to use; a quarter go to labels, a quarter to held-out prompts.
 
     Raises:
         ValueError: fewer than 6 topics, or more than there are.

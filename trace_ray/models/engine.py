@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +93,19 @@ def _dtype(wanted: str) -> str:
     return "bfloat16" if fast_bfloat16() else "float32"
 
 
+def _flask_context() -> AbstractContextManager[Any]:
+    """Make flask's proxies readable where something (MLflow) has imported flask.
+
+    While it starts, vLLM reads ``__dict__`` of every attribute of every module; such a proxy raises
+    RuntimeError outside a request.
+    """
+    if "flask" not in sys.modules:
+        return nullcontext()
+    import flask
+
+    return flask.Flask("engine").test_request_context()
+
+
 class Engine:
     """A vLLM engine in this process; one per process at a time."""
 
@@ -121,7 +136,8 @@ class Engine:
         self._lora = lora
         self._max_tokens = config.max_model_len
         try:
-            self._llm = vllm.LLM(**engine_kwargs(config, model_dir, lora=lora))
+            with _flask_context():
+                self._llm = vllm.LLM(**engine_kwargs(config, model_dir, lora=lora))
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{model_dir}: vLLM can't load this model: {error}") from error
 
