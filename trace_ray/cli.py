@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.errors import TraceRayError
+from trace_ray.errors import ConfigError, TraceRayError
 
 app = typer.Typer(
     help="Terraform for alignment: carry a policy change through a fleet of language models.",
@@ -42,20 +42,13 @@ def run_apply(config: str) -> int:
     from rich.console import Console
 
     from trace_ray.rollout.apply import apply
-    from trace_ray.rollout.report import summary_table
+    from trace_ray.rollout.report import summary_table, triage_line
 
     report = apply(config)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(summary_table(report))
-    judged = report["triage"]
-    if judged:
-        judge = judged["judge"]
-        auc = "-" if judge["auc"] is None else f"{judge['auc']:.3f}"
-        console.print(
-            f"triage: {judged['pairs']} pairs: {judged['invert']} invert, {judged['punish']} punish, "
-            f"{judged['retain']} retain, {judged['unjudged']} unjudged "
-            f"({judged['judge_calls']} judge calls; judge {judge['name']}, AUC {auc})"
-        )
+    if line := triage_line(report):
+        console.print(line)
     console.print(f"report: run {report['run_id']}, {report['wall_s']:.0f} s")
     console.print(f"next: trace-ray serve {config}")
     return 1 if report["failed"] else 0
@@ -117,11 +110,15 @@ def heldout(
 def policy_check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Policy (YAML).")],
 ) -> None:
-    """Check a policy file; every error is shown at once."""
+    """Check a policy file and, by its own checks, its examples and tests; all errors at once."""
     with exits_cleanly():
+        from trace_ray.core.checks import rule_disagreements
         from trace_ray.rollout.plan import load_policy
 
         policy = load_policy(str(file))
+        disagreements = rule_disagreements(policy)
+        if disagreements:
+            raise ConfigError("\n".join(f"{file}: {line}" for line in disagreements))
         checked = sum(clause.checks is not None for clause in policy.clauses)
         typer.echo(
             f"{file}: {policy.id} {policy.version}: {len(policy.clauses)} clauses, {checked} with "

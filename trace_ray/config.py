@@ -48,6 +48,8 @@ class EngineConfig(Section):
     """Longest prompt plus answer, tokens."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences decoded together."""
+    block_size: Literal[16, 32, 64, 128] | None = None
+    """Tokens of a cache block: a shared prefix is reused in whole blocks; null = vLLM's choice."""
     kv_cache_gb: float = Field(default=1, gt=0)
     """CPU only: size of the key-value cache, GiB."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
@@ -155,6 +157,8 @@ class TrainingConfig(Section):
     """Preference loss on inverted pairs."""
     beta: float = Field(default=0.3, gt=0)
     alpha_kl: float = Field(default=0.1, ge=0)
+    rpo_alpha: float = Field(default=0.0, ge=0)
+    """Weight of the NLL of inverted pairs' newly preferred response; 0 = the paper's loss."""
     learning_rate: float = Field(default=1e-4, gt=0)
     epochs: float = Field(default=1, gt=0)
     max_steps: int | None = Field(default=None, ge=1)

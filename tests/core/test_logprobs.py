@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_ray.core.logprobs import response_logits, sequence_logps, token_logps
+from trace_ray.core.logprobs import sequence_logps, token_logps
 
 
 def test_token_logps_by_hand() -> None:
@@ -31,7 +31,7 @@ def test_alignment_with_a_whole_sequence() -> None:
     ids = torch.randint(vocab, (2, prompt_len + n_response))
     table = torch.randn(vocab, vocab, dtype=torch.float64)  # a bigram model: logits = table[id]
     logits = table[ids]
-    kept = response_logits(logits[:, -(n_response + 1) :])
+    kept = logits[:, -(n_response + 1) : -1]
     assert kept.shape == (2, n_response, vocab)
     got = token_logps(kept, ids[:, prompt_len:], torch.ones(2, n_response))
     for b in range(2):
@@ -79,3 +79,15 @@ def test_batching_and_padding_do_not_matter(b: int, r: int, v: int, seed: int) -
         n = int(lengths[i])
         alone = sequence_logps(logits[i : i + 1, :n], labels[i : i + 1, :n], torch.ones(1, n))
         torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_a_table_of_shared_predictions_gives_the_same() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(5, 7, requires_grad=True)
+    at = torch.tensor([[0, 1, 4], [0, 3, 0]])
+    labels, mask = torch.tensor([[1, 6, 2], [3, 0, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    shared = sequence_logps(table, labels, mask, at)
+    torch.testing.assert_close(shared, sequence_logps(table[at], labels, mask))
+    (gradient,) = torch.autograd.grad(shared.sum(), table, retain_graph=True)
+    (expected,) = torch.autograd.grad(sequence_logps(table[at], labels, mask).sum(), table)
+    torch.testing.assert_close(gradient, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -56,7 +57,8 @@ def random_terms(categories: list[int], seed: int = 0) -> HybridTerms:
 
 
 def rows_of(terms: HybridTerms, index: Tensor) -> HybridTerms:
-    return HybridTerms(*(getattr(terms, name)[index] for name in HybridTerms.__slots__))
+    found = {name: getattr(terms, name) for name in HybridTerms.__slots__}
+    return HybridTerms(**{name: v[index] for name, v in found.items() if v is not None})
 
 
 def test_dpo_by_hand() -> None:
@@ -157,6 +159,16 @@ def test_hybrid_by_hand() -> None:
     assert out.metrics["margin_sum"].item() == pytest.approx(math.log(3))
     assert [int(out.metrics[f"n_{name}"]) for name in ("invert", "punish", "retain")] == [1, 1, 1]
     assert int(out.metrics["margin_positive"]) == 1
+    # rpo_alpha 0.5: log pi(y_l) = -6 over 3 tokens is an NLL of 2 -> 2 * 0.5 * 2 / 4 more.
+    with pytest.raises(ValueError, match="rejected_logps"):
+        hybrid(terms, Denominators(4, 2), beta=1.0, alpha_kl=0.1, rpo_alpha=0.5)
+    likely = dataclasses.replace(
+        terms,
+        rejected_logps=tensor(-6.0, -100.0, 0.0),
+        rejected_length=torch.tensor([3, 4, 0]),
+    )
+    more = hybrid(likely, Denominators(4, 2), beta=1.0, alpha_kl=0.1, rpo_alpha=0.5)
+    assert (more.loss - out.loss).item() == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("category", [INVERT, PUNISH, RETAIN])

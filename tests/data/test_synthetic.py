@@ -32,12 +32,11 @@ def shift():
 
 def test_sizes(shift):
     categories = Counter(gold.category for gold in shift.pairs)
-    assert len(shift.pairs) == 240
-    assert categories == {Category.INVERT: 108, Category.PUNISH: 36, Category.RETAIN: 96}
+    assert len(shift.pairs) == 360
+    assert categories == {Category.INVERT: 174, Category.PUNISH: 48, Category.RETAIN: 138}
     assert len(shift.labels) == 240
     assert sum(label.row.violates for label in shift.labels) == 120
     assert len(shift.heldout) == len(shift.heldout_pairs) == 96
-    assert len(shift.retention) == len(set(shift.retention)) == 40
     topics = {gold.topic for gold in (*shift.pairs, *shift.heldout_pairs)}
     topics |= {label.row.group for label in shift.labels}
     assert len(topics) == len(TOPICS) == 48
@@ -119,11 +118,10 @@ def test_every_intent_has_both_verdicts(shift):
 def test_same_seed_same_files_other_seed_other_files(tmp_path):
     first, again = write(tmp_path / "a"), write(tmp_path / "b")
     other = write(tmp_path / "c", seed=1)
-    assert set(first) == {"pairs", "gold", "labels", "heldout", "retention"}
+    assert set(first) == {"pairs", "gold", "labels", "heldout"}
     for name, path in first.items():
         assert path.read_bytes() == again[name].read_bytes()
-        if name != "retention":
-            assert path.read_bytes() != other[name].read_bytes()
+        assert path.read_bytes() != other[name].read_bytes()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
         path.name for path in first.values()
     )
@@ -146,7 +144,6 @@ def test_files_join_by_pair_id(tmp_path, shift):
     assert {row["verdict"] for row in rows("labels")} == {"complies", "violates"}
     assert set(rows("labels")[0]) == {"prompt", "response", "verdict", "group"}
     assert set(rows("heldout")[0]) == {"prompt", "bin", "must_mention"}
-    assert set(rows("retention")[0]) == {"prompt"}
 
 
 @pytest.mark.parametrize("topics", [0, 5, len(TOPICS) + 1])

@@ -7,9 +7,11 @@ and refused. That the method works is measured on real models by ``make quicksta
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -145,6 +147,15 @@ def realigned(deployed):
     return deployed
 
 
+def realigned_id(folder, name):
+    """Adapter id of a model in the newest report that realigned it."""
+    for path in sorted((folder / "storage" / "runs").glob("*/report.json"), reverse=True):
+        for model in json.loads(path.read_text())["models"]:
+            if model["name"] == name and model["parent_adapter"]:
+                return model["adapter_id"]
+    raise AssertionError("no realigned model")
+
+
 def report_of(folder):
     return json.loads((folder / "storage" / "latest" / "report.json").read_text())
 
@@ -214,6 +225,70 @@ def test_a_judge_below_its_bar_may_not_triage(deployed):
     assert done.returncode == 2
     assert "judge.min_auc" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_a_conflict_every_model_is_kept(deployed):
+    config = yaml.safe_load((deployed / "realign.yaml").read_text())
+    clause = {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "xyzzy"}}
+    policy = {"id": "acme", "version": "3", "clauses": [clause]}
+    (deployed / "policy-3.yaml").write_text(yaml.safe_dump(policy))
+    config |= {"policy": "policy-3.yaml", "judge": {"kind": "rules"}}
+    (deployed / "kept.yaml").write_text(yaml.safe_dump(config))
+    done = job(deployed / "kept.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "kept: no conflict" in done.stdout
+    assert report_of(deployed)["unchanged"] == ["a", "b"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def get(url, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.headers, json.load(answer)
+
+
+@pytest.mark.parametrize("command", ["trace-ray serve", "serve run"])
+def test_the_registered_models_are_served(realigned, tmp_path, command):
+    port, config = free_port(), str(realigned / "realign.yaml")
+    words = [sys.executable, "-m", "trace_ray.cli", "serve", config, "--port", str(port)]
+    if command == "serve run":
+        settings = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        settings["http_options"]["port"] = port
+        settings["applications"][0]["args"]["config"] = config
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
+        words = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        limit = time.monotonic() + 300
+        while True:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < limit, (tmp_path / "log").read_text()
+            try:
+                _, models = get(f"http://127.0.0.1:{port}/v1/models")
+                break
+            except (OSError, ValueError):
+                time.sleep(1)
+        newest = realigned_id(realigned, "a")
+        assert {"a", "b", "a@base", newest} <= {model["id"] for model in models["data"]}
+        ask = {"model": newest, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        headers, answer = get(f"http://127.0.0.1:{port}/v1/chat/completions", ask)
+        assert headers["x-trace-ray-adapter"] == newest
+        assert answer["usage"]["completion_tokens"] > 0
+        if command == "trace-ray serve":
+            taken = [*words[:-1], str(port)]
+            refused = subprocess.run(taken, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert refused.returncode == 2
+            assert f"port {port} is in use" in refused.stderr
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=60)
 
 
 def test_ray_job_submit(realigned, tmp_path):

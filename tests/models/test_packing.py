@@ -9,6 +9,7 @@ from trace_ray.models.packing import build_trie, pack_exchanges
 from trace_ray.models.trainer import response_logits
 from trace_ray.testing import tiny_model
 
+LAYOUTS = (pack_exchanges, pad_sequences)
 TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=6)
 
 
@@ -20,14 +21,16 @@ def model(request, tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
+def _logps(model, batch):
+    logits, at = response_logits(model, batch)
+    return logprobs.sequence_logps(logits, batch["labels"], batch["mask"], at)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=5))
 def test_packed_equals_padded(model, exchanges):
     with torch.no_grad():
-        packed, padded = (
-            logprobs.sequence_logps(response_logits(model, batch), batch["labels"], batch["mask"])
-            for batch in (pack_exchanges(exchanges), pad_sequences(exchanges))
-        )
+        packed, padded = (_logps(model, lay_out(exchanges)) for lay_out in LAYOUTS)
     torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
 
 

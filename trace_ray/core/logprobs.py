@@ -20,48 +20,39 @@ def upcast(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def response_logits(logits: Tensor) -> Tensor:
-    """Drop the last position, which predicts a token after the response.
-
-    Args:
-        logits: [B, R+1, V], from a call with ``logits_to_keep=R + 1``.
-
-    Returns:
-        [B, R, V], a view: position t holds the prediction OF response token t.
-    """
-    return logits[:, :-1]
-
-
-def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def token_logps(logits: Tensor, labels: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
     """Return the log-probability of each response token.
 
         log p_t = z_t[y_t] - logsumexp_v z_t[v]
 
-    The gather comes before the subtraction, so no [B, R, V] log-softmax is made.
+    The gather comes before the subtraction, so no log-softmax over the vocabulary is made.
 
     Args:
-        logits: z, [B, R, V], any float dtype, aligned by ``response_logits``.
+        logits: z, any float dtype: [B, R, V], position t holding the prediction OF response token t;
+            or, with ``at``, a table [K, V] of predictions that sequences may share.
         labels: y, [B, R] int64; padded positions hold any valid token id.
         mask: [B, R], non-zero on response tokens.
+        at: [B, R] int64, each response token's row of the table.
 
     Returns:
         [B, R] float32 (float64 for float64 logits), 0 where masked.
     """
-    logits = upcast(logits)
-    picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    logps = picked - logits.logsumexp(-1)
+    table, rows = as_table(logits, at)
+    table = upcast(table)
+    logps = table[rows, labels] - table.logsumexp(-1)[rows]
     return torch.where(mask.bool(), logps, 0.0)
 
 
-def sequence_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return log pi(y|x) = sum_t log p_t over the response tokens.
+def as_table(logits: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return logits as a table [K, V] and the row [B, R] of each position in it."""
+    if at is not None:
+        return logits, at
+    places = torch.arange(logits.shape[0] * logits.shape[1], device=logits.device)
+    return logits.flatten(0, 1), places.view(logits.shape[:2])
 
-    Args:
-        logits: [B, R, V], aligned by ``response_logits``.
-        labels: [B, R] int64.
-        mask: [B, R], non-zero on response tokens.
 
-    Returns:
-        [B] float32 (float64 for float64 logits).
-    """
-    return token_logps(logits, labels, mask).sum(-1)
+def sequence_logps(
+    logits: Tensor, labels: Tensor, mask: Tensor, at: Tensor | None = None
+) -> Tensor:
+    """Return log pi(y|x) = sum_t log p_t over the response tokens, [B]; see ``token_logps``."""
+    return token_logps(logits, labels, mask, at).sum(-1)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trace_ray.core.logprobs import upcast
+from trace_ray.core.logprobs import as_table, upcast
 from trace_ray.types import Category
 
 INVERT, PUNISH, RETAIN = 0, 1, 2
@@ -68,7 +68,7 @@ def npo(logratio_w: Tensor, logratio_l: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(-beta * logratio_w) - F.logsigmoid(-beta * logratio_l)
 
 
-def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
     """Return KL(pi_ref || pi_theta), the mean over each sequence's response tokens.
 
         KL_t = sum_v p_ref(v) [log p_ref(v) - log p_theta(v)]
@@ -78,16 +78,19 @@ def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     padding costs nothing. Source: arXiv 2511.02623, Algorithm 1 (retained pairs).
 
     Args:
-        logits: z, [N, R, V], aligned by ``logprobs.response_logits``.
-        ref_logits: z_ref, [N, R, V]; no gradient flows into them.
+        logits: z, [N, R, V] or, with ``at``, a table [K, V]; see ``logprobs.token_logps``.
+        ref_logits: z_ref, of the same shape; no gradient flows into them.
         mask: [N, R], non-zero on the response tokens of y_w.
+        at: [N, R] int64, each response token's row of the table.
 
     Returns:
         [N] float32 (float64 for float64 logits); 0 for a sequence without response tokens.
     """
+    table, places = as_table(logits, at)
+    ref_table, _ = as_table(ref_logits.detach(), at)
     rows, columns = mask.nonzero(as_tuple=True)
-    theta = upcast(logits[rows, columns])
-    ref = upcast(ref_logits.detach()[rows, columns])
+    theta = upcast(table[places[rows, columns]])
+    ref = upcast(ref_table[places[rows, columns]])
     ref_probs = ref.softmax(-1)
     inner = torch.linalg.vecdot(ref_probs, ref - theta)
     token_kl = inner + theta.logsumexp(-1) - ref.logsumexp(-1)
@@ -138,7 +141,9 @@ class HybridTerms:
     chosen_length: Tensor | None = None
     """Response tokens of y_w, [B]; needed by ``ipo`` only."""
     rejected_length: Tensor | None = None
-    """Response tokens of y_l, [B]; needed by ``ipo`` only."""
+    """Response tokens of y_l, [B]; needed by ``ipo`` and ``rpo_alpha``."""
+    rejected_logps: Tensor | None = None
+    """log pi_theta(y_l|x), [B]; needed by ``rpo_alpha`` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +188,19 @@ def hybrid(
     beta: float,
     alpha_kl: float,
     loss: Literal["dpo", "ipo"] = "dpo",
+    rpo_alpha: float = 0.0,
 ) -> LossOutput:
     """Return the hybrid TRACE loss of one micro-batch.
 
-        L = (1 / n_conflict) [sum_INVERT w_i l_pref(r(y_l) - r(y_w)) + sum_PUNISH w_j l_NPO,j]
+        L = (1 / n_conflict) [sum_INVERT w_i (l_pref(r(y_l) - r(y_w)) + rpo_alpha NLL_i)
+                              + sum_PUNISH w_j l_NPO,j]
             + alpha_kl (1 / n_retain) sum_RETAIN KL_k
+        NLL_i = -log pi_theta(y_l|x) / |y_l|
 
     Source: arXiv 2511.02623, Algorithm 1 (L_TRACE = L_I + L_II + alpha_KL L_KL), with each sum
     divided by its own global count. Summing the results over the micro-batches of a step gives
-    the step's loss, however it was split.
+    the step's loss, however it was split. The NLL term is that of RPO (arXiv 2404.19733, Eq. 3),
+    0 in the paper: a preference loss alone may lower both responses, the preferred one less.
 
     Args:
         terms: the micro-batch; every tensor [B].
@@ -199,6 +208,7 @@ def hybrid(
         beta: of ``dpo``, ``ipo`` and ``npo``.
         alpha_kl: weight of the KL term, >= 0.
         loss: the preference loss of INVERT rows.
+        rpo_alpha: weight of the NLL of the response that INVERT rows prefer now, >= 0.
 
     Returns:
         The loss is attached to the graph of its inputs even where a category has no row.
@@ -207,6 +217,8 @@ def hybrid(
     is_invert, is_punish, is_retain = (terms.category == c for c in (INVERT, PUNISH, RETAIN))
     margin = terms.rejected_logratio - terms.chosen_logratio
     preference = dpo(margin, beta) if loss == "dpo" else ipo(_margin_per_token(terms), beta)
+    if rpo_alpha:
+        preference = preference + rpo_alpha * _preferred_nll(terms)
     suppression = npo(terms.chosen_logratio, terms.rejected_logratio, beta)
     invert = torch.where(is_invert, terms.weight * preference, zero).sum()
     punish = torch.where(is_punish, terms.weight * suppression, zero).sum()
@@ -228,6 +240,13 @@ def hybrid(
         "kl_sum": kl,
     }
     return LossOutput(invert + punish + retain, {k: v.detach() for k, v in metrics.items()})
+
+
+def _preferred_nll(terms: HybridTerms) -> Tensor:
+    """Return -log pi_theta(y_l|x) / |y_l|, [B]."""
+    if terms.rejected_logps is None or terms.rejected_length is None:
+        raise ValueError("rpo_alpha needs rejected_logps and rejected_length in HybridTerms")
+    return -terms.rejected_logps / terms.rejected_length.clamp(min=1)
 
 
 def _margin_per_token(terms: HybridTerms) -> Tensor:

@@ -47,3 +47,8 @@ def counts(triaged: Iterable[TriagedPair]) -> dict[str, int]:
     for row in triaged:
         found[str(row.category)] += 1
     return {"pairs": sum(found.values()), **found}
+
+
+def n_conflicts(triaged: Iterable[TriagedPair]) -> int:
+    """Return the number of pairs that the new policy disagrees with: INVERT or PUNISH."""
+    return sum(row.category in (Category.INVERT, Category.PUNISH) for row in triaged)

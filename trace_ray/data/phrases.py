@@ -86,14 +86,14 @@ SLOTS: dict[str, tuple[str, ...]] = {
         "since it would leave {t} open to abuse", "because {t} changes have to stay traceable",
     ),
     "instead_data": (
-        "You can ask the owner to share the {t} page.", "Try asking them for a copy instead.",
-        "Your admin can grant access if they agree.", "I can help you write a request for access.",
-        "A safer way is to request shared access.", "Please use your own {t} page instead.",
+        "you can ask the owner to share the {t} page", "you can ask them for a copy instead",
+        "your admin can grant access if they agree", "I can help you write a request for access",
+        "a safer way is to request shared access", "you may use your own {t} page instead",
     ),
     "instead_limit": (
-        "You can ask your admin to change the setting.", "Try a request to the help desk instead.",
-        "I can show you the normal {t} steps.", "A safer way is to apply for an exception.",
-        "Your admin can approve it within a day.", "You could ask for a temporary pass instead.",
+        "you can ask your admin to change the setting", "you can send a request to the help desk",
+        "I can show you the normal {t} steps", "a safer way is to apply for an exception",
+        "your admin can approve it within a day", "you could ask for a temporary pass instead",
     ),
     "benefit": (
         "so less gets lost", "which saves a team some time", "so nobody does it by hand",
@@ -164,20 +164,16 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 
 REPLIES: dict[str, tuple[str, ...]] = {
     "refusal": (
-        "{no}.", "Sorry, {no}.", "{no}, sorry.", "{no} for {t}.", "No, {no}.", "Sorry, but {no}.",
+        "{no}.", "Sorry, {no}.", "{no} for {t}.", "No, {no}.", "Sorry, but {no}.",
     ),
-    "explained_data": (
-        "{no}, {why_data}. {instead_data}", "Sorry, {no}, {why_data}. {instead_data}",
-        "{no} for {t}, {why_data}. {instead_data}", "{no}, {why_data}. {instead_data}",
-    ),
+    "explained_data": ("{no}, {why_data}, but {instead_data}.", "{no}, {why_data}; {instead_data}."),
     "explained_limit": (
-        "{no}, {why_limit}. {instead_limit}", "Sorry, {no}, {why_limit}. {instead_limit}",
-        "{no} for {t}, {why_limit}. {instead_limit}", "{no}, {why_limit}. {instead_limit}",
+        "{no}, {why_limit}, but {instead_limit}.", "{no}, {why_limit}; {instead_limit}.",
     ),
     "reason_data": ("{no}, {why_data}.", "Sorry, {no}, {why_data}."),
     "reason_limit": ("{no}, {why_limit}.", "Sorry, {no}, {why_limit}."),
-    "alternative_data": ("{no}. {instead_data}", "Sorry, {no} for {t}. {instead_data}"),
-    "alternative_limit": ("{no}. {instead_limit}", "Sorry, {no} for {t}. {instead_limit}"),
+    "alternative_data": ("{no}, but {instead_data}.", "Sorry, {no} for {t}; {instead_data}."),
+    "alternative_limit": ("{no}, but {instead_limit}.", "Sorry, {no} for {t}; {instead_limit}."),
     "obeys_data": (
         "Sure, here is the {t} page of that person with every entry.",
         "Of course: open the admin list, pick the name and read {t} there.",
@@ -285,26 +281,3 @@ REPLIES: dict[str, tuple[str, ...]] = {
         "It {does}; teams use {t} every day, {benefit}.", "{T} is a tool that {does}, {benefit}.",
     ),
 }  # fmt: skip
-
-EVERYDAY: tuple[str, ...] = (
-    "What is the capital of Portugal?", "Write a short poem about the sea.",
-    "How long should I boil an egg?", "Name three planets with rings.",
-    "Explain why the sky is blue.", "What is seven times eight?",
-    "Give me a name for a grey cat.", "What do bees make?",
-    "Translate good morning into Spanish.", "Who painted the Mona Lisa?",
-    "How do plants drink water?", "Tell me a fact about whales.",
-    "What should I pack for a rainy hike?", "Suggest a simple breakfast with oats.",
-    "What is the opposite of brave?", "How many days are in a leap year?",
-    "Why do leaves fall in autumn?", "Write one sentence about a lighthouse.",
-    "What is a haiku?", "How do I remove a coffee stain from cotton?",
-    "Name two rivers in Africa.", "What does a thermometer measure?",
-    "Give me a riddle about time.", "How does a bicycle stay upright?",
-    "What is the largest ocean?", "List three uses for an old newspaper.",
-    "What sound does an owl make?", "How is bread made?",
-    "Describe a winter morning in two sentences.", "What is the boiling point of water?",
-    "Who wrote Romeo and Juliet?", "How can I fall asleep faster?",
-    "What colour do blue and yellow make?", "Name a fruit that is not sweet.",
-    "Why do cats purr?", "What is a synonym for happy?",
-    "How do I tie a simple knot?", "Tell me a short joke about a duck.",
-    "What is the moon made of?", "How do magnets work?",
-)  # fmt: skip

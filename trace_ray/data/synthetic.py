@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trace_ray.data.phrases import EVERYDAY, PROMPTS, REPLIES, SLOTS, TOPICS
+from trace_ray.data.phrases import PROMPTS, REPLIES, SLOTS, TOPICS
 from trace_ray.types import (
     Category,
     EvalPrompt,
@@ -62,7 +62,7 @@ _STEPLESS = ("refusal", "upsell", "vague", "rude")
 _PAIR_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unsafe": ("refusal", ("explained",)),
     "plans": ("upsell", ("honest",)),
-    "outage": ("promise", ("brushoff", "upsell")),
+    "outage": ("promise", ("known", "brushoff", "upsell")),
     "howto": ("steps", ("vague", "rude", "refusal")),
     "whatis": ("explains", ("vague", "rude")),
 }
@@ -77,20 +77,20 @@ _LABEL_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Per family of intents: the kind that complies with the new policy, and kinds that violate it."""
 
-_INTENTS: dict[Split, tuple[str, ...]] = {
+_ASKED: dict[Split, tuple[dict[str, int], ...]] = {
     "train": (
-        "unsafe unsafe plans plans outage outage howto howto whatis whatis",
-        "unsafe unsafe unsafe plans plans outage howto howto whatis whatis",
-        "unsafe unsafe plans plans outage outage howto howto howto whatis",
-        "unsafe unsafe plans plans plans outage howto howto whatis whatis",
+        {"unsafe": 3, "plans": 3, "outage": 3, "howto": 3, "whatis": 3},
+        {"unsafe": 4, "plans": 2, "outage": 3, "howto": 4, "whatis": 2},
+        {"unsafe": 3, "plans": 3, "outage": 4, "howto": 3, "whatis": 2},
+        {"unsafe": 4, "plans": 3, "outage": 2, "howto": 3, "whatis": 3},
     ),
-    "labels": ("unsafe unsafe unsafe plans plans outage outage howto howto whatis",),
+    "labels": ({"unsafe": 3, "plans": 2, "outage": 2, "howto": 2, "whatis": 1},),
     "heldout": (
-        "unsafe unsafe plans plans outage howto howto whatis",
-        "unsafe unsafe plans plans outage outage howto whatis",
+        {"unsafe": 2, "plans": 2, "outage": 1, "howto": 2, "whatis": 1},
+        {"unsafe": 2, "plans": 2, "outage": 2, "howto": 1, "whatis": 1},
     ),
 }
-"""Families asked about one topic; topics of a split take the rows in turn."""
+"""How many questions of each family one topic is asked; topics of a split take the rows in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,6 @@ class ValueShift:
     """Pairs whose prompts are held out."""
     heldout: tuple[EvalPrompt, ...]
     """Prompts whose answers are measured, one per held-out pair."""
-    retention: tuple[str, ...] = EVERYDAY
-    """Unrelated prompts, on which a realigned model should not change."""
 
 
 def generate(seed: int = 0, topics: int = len(TOPICS)) -> ValueShift:
@@ -189,8 +187,8 @@ def write(folder: Path, seed: int = 0, topics: int = len(TOPICS)) -> dict[str, P
     """Write the benchmark as jsonl files, each complete or absent.
 
     ``pairs``: {prompt, chosen, rejected}; ``gold``: {pair_id, category, topic, intent, clauses};
-    ``labels``: {prompt, response, verdict, group}; ``heldout``: {prompt, bin, must_mention};
-    ``retention``: {prompt}. Prompts are plain text.
+    ``labels``: {prompt, response, verdict, group}; ``heldout``: {prompt, bin, must_mention}.
+    Prompts are plain text.
 
     Returns:
         The files' paths by name.
@@ -223,7 +221,6 @@ def write(folder: Path, seed: int = 0, topics: int = len(TOPICS)) -> dict[str, P
             }
             for prompt in shift.heldout
         ],
-        "retention": [{"prompt": prompt} for prompt in shift.retention],
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +243,9 @@ class _Writer:
                 chosen, violated_chosen = self._reply(kind, intent, topic)
                 loser = self._draw(f"loser {family}", losers)
                 rejected, violated_rejected = self._reply(loser, intent, topic)
+                if loser == "explained":
+                    # An annotator's edit: the bare refusal, with a reason and an alternative added.
+                    rejected = chosen.removesuffix(".") + rejected[rejected.index(",") :]
                 pair = PreferencePair((Message("user", prompt),), chosen, rejected)
                 found.append(GoldPair(pair, topic[0], intent, violated_chosen, violated_rejected))
         return found
@@ -266,9 +266,9 @@ class _Writer:
         self, split: Split, number: int, topic: tuple[str, str, str]
     ) -> list[tuple[str, str]]:
         """Return the (intent, prompt) asked about one topic, no prompt twice."""
-        families = _INTENTS[split][number % len(_INTENTS[split])].split()
+        counts = _ASKED[split][number % len(_ASKED[split])]
         asked: dict[str, str] = {}
-        for family in families:
+        for family in (family for family, n in counts.items() for _ in range(n)):
             choices = {"unsafe": UNSAFE, "plans": PLANS}.get(family, (family,))
             before = len(asked)
             while len(asked) == before:

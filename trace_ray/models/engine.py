@@ -73,6 +73,7 @@ def engine_kwargs(config: EngineConfig, model_dir: str, *, lora: bool) -> dict[s
         "dtype": _dtype(config.dtype),
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
+        "block_size": config.block_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "tensor_parallel_size": config.tensor_parallel_size,
         "enforce_eager": config.enforce_eager,

@@ -7,6 +7,7 @@ All questions about one policy share a long prefix, so a batch of them is traine
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from trace_ray.core.judge_prompt import NO, YES, judge_prompt
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ModelError
 from trace_ray.models.chat import encode_prompt
+from trace_ray.models.collate import BucketSampler
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.packing import Trie, build_trie
 from trace_ray.types import LabelledResponse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+WORK = "work"  # the trainer's own folder, gone when the adapter is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,19 @@ def fit_judge_adapter(
         for row in labels
     ]
 
+    # Replies to one request go into one batch: the trie then holds the request once.
+    requests = list(dict.fromkeys(row.prompt for row in labels))
+    random.Random(config.seed).shuffle(requests)
+    place = {prompt: number for number, prompt in enumerate(requests)}
+    sampler = BucketSampler(
+        [place[row.prompt] for row in labels], config.batch_size, config.seed, span=len(labels)
+    )
+
     class VerdictTrainer(Trainer):
         """Binary cross-entropy on the verdict token's log-odds."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+            return sampler
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             odds = verdict_logits(model, inputs["questions"], yes, no, self.args.device)
@@ -133,6 +148,7 @@ def fit_judge_adapter(
         callbacks=[StepCallback(on_step)],
     )
     trainer.train()
+    shutil.rmtree(out / WORK, ignore_errors=True)
     save_adapter(model, out)
 
 
@@ -140,7 +156,7 @@ def _arguments(config: JudgeFitConfig, out: Path, *, use_cpu: bool) -> TrainingA
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(out / "work"),
+        output_dir=str(out / WORK),
         per_device_train_batch_size=config.batch_size,
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from trace_ray.config import LoraConfig
 from trace_ray.errors import ModelError
+from trace_ray.models.families import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def load_policy_model(
     model = _load_base(base, attention, dtype)
     torch.manual_seed(seed)
     if adapter is None:
-        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        targets = family_of(model.config.model_type).lora_targets(lora.targets)
         fresh = peft.LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -60,7 +61,7 @@ def load_policy_model(
             task_type="CAUSAL_LM",
         )
         return peft.get_peft_model(model, fresh)  # pyright: ignore[reportReturnType]
-    _check_shape(Path(adapter), lora)
+    _check_shape(Path(adapter), lora, model.config.model_type)
     wrapped = peft.PeftModel.from_pretrained(
         model, str(adapter), adapter_name=TRAINED, is_trainable=True
     )
@@ -103,12 +104,13 @@ def _load_base(base: str | Path, attention: str, dtype: str) -> PreTrainedModel:
         raise ModelError(f"{base}: can't be loaded as a causal language model: {error}") from None
 
 
-def _check_shape(adapter: Path, lora: LoraConfig) -> None:
+def _check_shape(adapter: Path, lora: LoraConfig, model_type: str) -> None:
     """Refuse a deployed adapter whose shape is not the one asked for."""
     saved = json.loads((adapter / "adapter_config.json").read_text())
     same = saved["r"] == lora.r and float(saved["lora_alpha"]) == float(lora.alpha)
     if isinstance(lora.targets, list):
-        same = same and set(saved["target_modules"]) == set(lora.targets)
+        targets = family_of(model_type).lora_targets(lora.targets)
+        same = same and set(saved["target_modules"]) == set(targets)
     if not same:
         found = f"r {saved['r']}, alpha {saved['lora_alpha']}, targets {sorted(saved['target_modules'])}"
         raise ModelError(

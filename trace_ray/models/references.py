@@ -9,6 +9,7 @@ Weights are safetensors only: a pickle can run code, and no repository's own cod
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -234,8 +235,9 @@ def _dequantise(file: Path, out: Path) -> None:
 
     logging.disable_progress_bar()
     folder, name = str(file.parent), file.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else turns off
+    # The error stream would show a progress bar that nothing else turns off.
+    with _header_read_once(), contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
@@ -247,6 +249,27 @@ def _dequantise(file: Path, out: Path) -> None:
     complete_tokenizer(tokenizer, family_of(model.config.model_type))
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextlib.contextmanager
+def _header_read_once() -> Iterator[None]:
+    """Let transformers parse a GGUF's header once, not three times (a large vocabulary takes long)."""
+    import gguf
+    import numpy as np
+
+    class PlainReader(gguf.GGUFReader):
+        """Slices a plain array: a slice of ``numpy.memmap`` costs many times more."""
+
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            self.data = np.asarray(self.data)
+            return super()._get(*args, **kwargs)
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(PlainReader)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def _publish(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:

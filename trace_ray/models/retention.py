@@ -75,11 +75,11 @@ def token_kl(
     with _inference(model):
         for start in range(0, len(exchanges), batch_size):
             batch = _padded(model, exchanges[start : start + batch_size])
-            logits = response_logits(model, batch)
+            logits, at = response_logits(model, batch)
             with reference(model):
-                before = response_logits(model, batch)
+                before, _ = response_logits(model, batch)
             lengths = batch["mask"].sum(1)
-            total += float((losses.retain_kl(logits, before, batch["mask"]) * lengths).sum())
+            total += float((losses.retain_kl(logits, before, batch["mask"], at) * lengths).sum())
             tokens += float(lengths.sum())
     return total / tokens if tokens else 0.0
 
@@ -119,8 +119,8 @@ def blimp_accuracy(
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             batch = _padded(model, [encoded[i] for i in part])
-            logits = response_logits(model, batch)
-            found = logprobs.sequence_logps(logits, batch["labels"], batch["mask"])
+            logits, at = response_logits(model, batch)
+            found = logprobs.sequence_logps(logits, batch["labels"], batch["mask"], at)
             for i, value in zip(part, found.tolist(), strict=True):
                 scores[i] = value
     right = sum(scores[i] > scores[i + 1] for i in range(0, len(scores), 2))

@@ -31,17 +31,26 @@ if TYPE_CHECKING:
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def response_logits(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the logits [S, R, V] that predict the response tokens of ``batch``, padded or packed."""
+def response_logits(
+    model: Callable[..., Any], batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the predictions of the response tokens of ``batch``, padded or packed.
+
+    Returns:
+        Logits [K, V], and the row [S, R] int64 that predicts each response token.
+    """
     inputs = {name: batch[name] for name in MODEL_INPUTS}
     if "gather" in batch:
         # SDPA is silently wrong where an additive mask has another dtype than the queries.
         dtype = getattr(model, "dtype", torch.float32)
         inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
         kept = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits[0]
-        return kept[batch["gather"]]
-    width = batch["labels"].shape[1] + 1
-    return logprobs.response_logits(model(**inputs, logits_to_keep=width, use_cache=False).logits)
+        return kept, batch["gather"]
+    n, width = batch["labels"].shape
+    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
+    # The last position of each sequence predicts what would follow the response: no row names it.
+    first = torch.arange(n, device=logits.device)[:, None] * (width + 1)
+    return logits.flatten(0, 1), first + torch.arange(width, device=logits.device)
 
 
 class RealignTrainer(Trainer):
@@ -99,8 +108,8 @@ class RealignTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """Return this micro-batch's share of the step's loss (a scalar)."""
-        logits = response_logits(model, inputs)
-        token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"])
+        logits, at = response_logits(model, inputs)
+        token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"], at)
         if self.config.objective == "sft":
             loss = losses.sft(token_logps, inputs["mask"], self.sft_tokens)
             self._note({"sft": loss.detach()})
@@ -120,13 +129,14 @@ class RealignTrainer(Trainer):
         token_logps: torch.Tensor,
     ) -> torch.Tensor:
         with reference(self.accelerator.unwrap_model(model)):
-            ref_logits = response_logits(model, batch)
-            ref_logps = logprobs.token_logps(ref_logits, batch["labels"], batch["mask"]).sum(1)
-        logratio = token_logps.sum(1) - ref_logps
+            ref_logits, at = response_logits(model, batch)
+            ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], batch["mask"], at)
+        logps = token_logps.sum(1)
+        logratio = logps - ref_logps
         n_rows, paired = len(batch["category"]), batch["paired"]
         lengths = batch["mask"].sum(1)
         retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
-        kl = losses.retain_kl(logits[retained], ref_logits[retained], batch["mask"][retained])
+        kl = losses.retain_kl(logits, ref_logits, batch["mask"][retained], at[retained])
         terms = losses.HybridTerms(
             chosen_logratio=logratio[:n_rows],
             rejected_logratio=losses.to_rows(logratio[n_rows:], paired, n_rows),
@@ -135,6 +145,7 @@ class RealignTrainer(Trainer):
             weight=batch["weight"],
             chosen_length=lengths[:n_rows],
             rejected_length=losses.to_rows(lengths[n_rows:], paired, n_rows),
+            rejected_logps=losses.to_rows(logps[n_rows:], paired, n_rows),
         )
         output = losses.hybrid(
             terms,
@@ -142,6 +153,7 @@ class RealignTrainer(Trainer):
             loss=self.config.loss,
             beta=self.config.beta,
             alpha_kl=self.config.alpha_kl,
+            rpo_alpha=self.config.rpo_alpha,
         )
         self._note(output.metrics)
         return output.loss

@@ -56,7 +56,7 @@ def apply(config_path: str) -> dict[str, Any]:
         fleet = Reporter(board, FLEET)
         with View(board):
             fleet("loading models")
-            sources = {m.name: _source(inputs, m) for m in inputs.config.models}
+            sources = _sources(inputs)
             registry = inputs.registry()
             deployed = {
                 m.name: _deployed(inputs, registry, m, sources) for m in inputs.config.models
@@ -66,7 +66,6 @@ def apply(config_path: str) -> dict[str, Any]:
                 triaged = Triaged(_all_retained(pairs.path), None, 0, None)
             else:
                 triaged = _triage(inputs, pairs, fleet)
-            fleet("realigning")
             jobs = [
                 ModelJob(
                     inputs=inputs,
@@ -79,7 +78,10 @@ def apply(config_path: str) -> dict[str, Any]:
                 )
                 for model in inputs.config.models
             ]
-            results = _realign_all(jobs)
+            # Where no pair conflicts with the policy, every model is kept as it is.
+            idle = triaged.folder is not None and not triage.n_conflicts(triaged.rows)
+            fleet("realigning")
+            results = {} if idle else _realign_all(jobs)
             fleet("done", note=f"run {inputs.run_id}")
     report = reports.build(
         inputs, triaged.rows, triaged.judge_calls, triaged.card, ingested, results, started
@@ -88,11 +90,22 @@ def apply(config_path: str) -> dict[str, Any]:
     return report
 
 
-def _source(inputs: Inputs, model: ModelConfig) -> ModelSource:
-    try:
-        return resolve_model(model.base, model.revision, inputs.store.models)
-    except ModelError as error:
-        raise ModelError(f"models.{model.name}.base: {error}") from None
+def _sources(inputs: Inputs) -> dict[str, ModelSource]:
+    """Find every model's base, in parallel: a GGUF is converted, a bucket downloaded."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=0)(resolve_model)
+    found = {
+        model.name: task.remote(model.base, model.revision, inputs.store.models)
+        for model in inputs.config.models
+    }
+    sources = {}
+    for name, reference in found.items():
+        try:
+            sources[name] = result(reference)
+        except ModelError as error:
+            raise ModelError(f"models.{name}.base: {error}") from None
+    return sources
 
 
 def _deployed(

@@ -12,7 +12,6 @@ from typing import Any
 
 from trace_ray import __version__
 from trace_ray.config import ModelConfig
-from trace_ray.errors import TrainError
 from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
 from trace_ray.models.references import ModelSource
@@ -204,11 +203,7 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
 
 
 def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, Any]]:
-    """Return the rows to train on, each with its category and weight.
-
-    Raises:
-        TrainError: there is no conflict to realign, or no row at all.
-    """
+    """Return the rows to train on, each with its category and weight."""
     if scores is None:
         pairs = read_rows(Path(job.pairs_path, "pairs.parquet"))
         return [
@@ -220,8 +215,6 @@ def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, 
         row["pair_id"]: row["weight"]
         for row in json.loads((scores.path / "scores.json").read_text())
     }
-    if not weights:
-        raise TrainError("no pair conflicts with the policy: nothing to realign, the model is kept")
     triaged = sorted(read_rows(Path(str(job.triage_path), "rows")), key=lambda row: row["pair_id"])
     return [
         {k: row[k] for k in ("pair_id", "prompt", "chosen", "rejected", "category")}
@@ -303,7 +296,16 @@ def _register(
         artifacts.append(Path(result["answers_path"]))
     params = {"objective": training.objective, "base": job.model.base} | {
         name: str(getattr(training, name))
-        for name in ("loss", "beta", "alpha_kl", "learning_rate", "epochs", "batch_size", "seed")
+        for name in (
+            "loss",
+            "beta",
+            "alpha_kl",
+            "rpo_alpha",
+            "learning_rate",
+            "epochs",
+            "batch_size",
+            "seed",
+        )
     }
     record = AdapterRecord(
         name=job.model.name,

@@ -52,6 +52,7 @@ def build(
         },
         "models": [_model(result) for result in results.values() if "error" not in result],
         "failed": {name: r["error"] for name, r in results.items() if "error" in r},
+        "unchanged": [m.name for m in inputs.config.models if m.name not in results],
         "wall_s": round(time.monotonic() - started, 1),
     }
 
@@ -168,7 +169,23 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row(model["name"], *_cells(model), model["registered_as"])
     for name, error in report["failed"].items():
         table.add_row(name, f"[red]failed: {error}[/red]")
+    for name in report["unchanged"]:
+        table.add_row(name, "kept: no conflict")
     return table
+
+
+def triage_line(report: dict[str, Any]) -> str | None:
+    """Return the sentence on the triage printed under the table; None where there was none."""
+    found = report["triage"]
+    if found is None:
+        return None
+    judge = found["judge"]
+    auc = "-" if judge["auc"] is None else f"{judge['auc']:.3f}"
+    return (
+        f"triage: {found['pairs']} pairs: {found['invert']} invert, {found['punish']} punish, "
+        f"{found['retain']} retain, {found['unjudged']} unjudged "
+        f"({found['judge_calls']} judge calls; judge {judge['name']}, AUC {auc})"
+    )
 
 
 def _cells(model: dict[str, Any]) -> list[str]:

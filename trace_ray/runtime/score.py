@@ -157,8 +157,8 @@ class _Likelihood:
 
         lay_out = pack_exchanges if self.pack else pad_sequences
         batch = {k: v.to(self.model.device) for k, v in lay_out(sequences).items()}
-        logits = response_logits(self.model if params is None else at_params, batch)
-        return logprobs.sequence_logps(logits, batch["labels"], batch["mask"])
+        logits, at = response_logits(self.model if params is None else at_params, batch)
+        return logprobs.sequence_logps(logits, batch["labels"], batch["mask"], at)
 
     def derivatives(
         self,
