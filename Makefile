@@ -7,7 +7,7 @@ STAMP := .venv/.ready-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1
 # Used only where pip's own index has no +cpu build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup quickstart quickstart-hh test check lock clean
+.PHONY: setup quickstart quickstart-hh test check bench lock clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+# Ratios of one run: ours against the other way, in turns.
+bench: setup
+	$(BIN)/python benchmarks/packing.py
 
 # Resolves afresh and rewrites the lock.
 lock:
