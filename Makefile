@@ -30,7 +30,7 @@ quickstart-hh: setup
 		{ echo "set TRACE_RAY_DATA to the folder of hh_rlhf_harmless.jsonl.gz"; exit 2; }
 	mkdir -p .trace-ray/hh && cp "$(TRACE_RAY_DATA)/hh_rlhf_harmless.jsonl.gz" .trace-ray/hh/
 	$(BIN)/trace-ray heldout .trace-ray/hh/hh_rlhf_harmless.jsonl.gz examples/policy-hh.yaml \
-		.trace-ray/hh/heldout.jsonl --schema hh-rlhf --skip 240 --size 48
+		.trace-ray/hh/heldout.jsonl --schema hh-rlhf --skip 96 --size 48
 	$(BIN)/python jobs/realign_fleet.py --config examples/hh-deployed.yaml
 	$(BIN)/python jobs/realign_fleet.py --config examples/hh-rlhf.yaml
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from trace_ray.core.objectives import Objective
 from trace_ray.errors import ConfigError, problems
 
 
@@ -151,8 +152,8 @@ class ImpactConfig(Section):
 class TrainingConfig(Section):
     """The objective and its optimisation (defaults: the paper's)."""
 
-    objective: Literal["trace", "sft"] = "trace"
-    """``trace``: the hybrid loss; ``sft``: fine-tune on ``chosen`` (how an old policy was deployed)."""
+    objective: Objective = "trace"
+    """``trace``, an ablation or a baseline (``core.objectives`` has the list), or ``sft``."""
     loss: Literal["dpo", "ipo"] = "dpo"
     """Preference loss on inverted pairs."""
     beta: float = Field(default=0.3, gt=0)
@@ -254,7 +255,7 @@ class FleetConfig(Section):
         if len(objectives) > 1:
             raise ValueError("all models of a fleet share one training.objective")
         if self.judge is None and objectives != {"sft"}:
-            raise ValueError("objective 'trace' needs a 'judge' section")
+            raise ValueError("every objective but 'sft' needs a 'judge' section")
         return self
 
     @property

@@ -45,7 +45,10 @@ def rows():
     ]
 
 
-def make(base, adapter, tmp_path, *, pack=True, **changes):
+ROWS = rows()
+
+
+def make(base, adapter, tmp_path, *, pack=True, rows=None, **changes):
     config = TrainingConfig(
         **{
             "batch_size": 6,
@@ -57,7 +60,7 @@ def make(base, adapter, tmp_path, *, pack=True, **changes):
         | changes
     )
     model = load_policy_model(base, adapter, config.lora, seed=0)
-    encoded = encode_rows(load_tokenizer(base), rows(), config)
+    encoded = encode_rows(load_tokenizer(base), rows or ROWS, config)
     args = training_arguments(config, tmp_path / "work", use_cpu=True)
     return RealignTrainer(model, encoded, config, args, pack=pack)
 
@@ -75,6 +78,13 @@ def test_margins_are_zero_before_the_first_step(base, deployed, tmp_path, pack, 
     log2 = torch.log(torch.tensor(2.0))
     assert terms["invert"] == pytest.approx(float(2 * log2 / 3), rel=1e-6)
     assert terms["punish"] == pytest.approx(float(2 * log2 / 3), rel=1e-6)
+
+
+def test_a_punished_pair_may_have_one_side(base, tmp_path):
+    half = [row | {"category": "punish", "rejected": None} for row in rows()[:6]]
+    trainer = make(base, None, tmp_path, rows=half)
+    loss = trainer.compute_loss(trainer.model, HybridCollator(True)(trainer.rows))
+    assert loss.item() == pytest.approx(float(torch.log(torch.tensor(2.0))), rel=1e-6)
 
 
 def test_the_reference_is_the_deployed_adapter(base, deployed, tmp_path):

@@ -220,6 +220,9 @@ def hybrid(
     if rpo_alpha:
         preference = preference + rpo_alpha * _preferred_nll(terms)
     suppression = npo(terms.chosen_logratio, terms.rejected_logratio, beta)
+    if terms.rejected_length is not None:  # a pair without y_l has no second half
+        alone = terms.rejected_length == 0
+        suppression = suppression - torch.where(alone, math.log(2), zero)
     invert = torch.where(is_invert, terms.weight * preference, zero).sum()
     punish = torch.where(is_punish, terms.weight * suppression, zero).sum()
     kl = torch.where(is_retain, terms.kl, zero).sum()

@@ -70,10 +70,10 @@ def encode_row(
     weight: float,
     max_length: int,
 ) -> EncodedRow:
-    """Encode a triaged row; a RETAIN row keeps only its ``chosen`` side."""
+    """Encode a row; a RETAIN row, and one whose ``rejected`` is None, has its ``chosen`` side only."""
     prompt_ids, chosen_ids, cut = encode_exchange(tokenizer, prompt, row["chosen"], max_length)
     rejected_ids: list[int] = []
-    if category is not Category.RETAIN:
+    if category is not Category.RETAIN and row["rejected"] is not None:
         other_ids, rejected_ids, cut_too = encode_exchange(
             tokenizer, prompt, row["rejected"], max_length
         )

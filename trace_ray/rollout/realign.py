@@ -6,17 +6,19 @@ import itertools
 import json
 import shutil
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
 from trace_ray.config import ModelConfig
+from trace_ray.core.objectives import WEIGHTED, training_pair
 from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
+from trace_ray.runtime.judge import read_triaged
 from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.registry import AdapterRecord
@@ -71,7 +73,7 @@ class ModelJob:
 
 def realign(job: ModelJob) -> dict[str, Any]:
     """Run one model's stages; runs as a Ray task that holds no CPU itself."""
-    scores = None if job.triage_path is None else _score(job)
+    scores = _score(job) if job.model.training.objective in WEIGHTED else None
     trained = _train(job, scores)
     adapter = trained.path / ADAPTER
     check_adapter(adapter, job.source.digest)
@@ -124,8 +126,6 @@ def _score(job: ModelJob) -> StageResult:
 
 
 def _score_worker(job: ModelJob, out: str) -> None:
-    from trace_ray.runtime.judge import read_triaged
-
     triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
     summary = score_conflicts(
         job.base_dir,
@@ -204,24 +204,25 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
 
 def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, Any]]:
     """Return the rows to train on, each with its category and weight."""
-    if scores is None:
+    weights: dict[str, float] = {}
+    if scores is not None:
+        found = json.loads((scores.path / "scores.json").read_text())
+        weights = {row["pair_id"]: row["weight"] for row in found}
+    if job.triage_path is None:
         pairs = read_rows(Path(job.pairs_path, "pairs.parquet"))
         return [
             {k: row[k] for k in ("pair_id", "prompt", "chosen", "rejected")}
             | {"category": str(Category.RETAIN), "weight": 1.0}
             for row in pairs
         ]
-    weights = {
-        row["pair_id"]: row["weight"]
-        for row in json.loads((scores.path / "scores.json").read_text())
-    }
-    triaged = sorted(read_rows(Path(str(job.triage_path), "rows")), key=lambda row: row["pair_id"])
-    return [
-        {k: row[k] for k in ("pair_id", "prompt", "chosen", "rejected", "category")}
-        | {"weight": weights.get(row["pair_id"], 1.0)}
-        for row in triaged
-        if row["category"] != Category.UNJUDGED
-    ]
+    triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
+    rows = []
+    for row in triaged:
+        pair = training_pair(job.model.training.objective, row, weights.get(row.pair_id, 1.0))
+        if pair is not None:
+            prompt = [turn.to_row() for turn in row.pair.prompt]
+            rows.append({"pair_id": row.pair_id, "prompt": prompt} | asdict(pair))
+    return rows
 
 
 def _pairs_per_s(history: dict[str, Any], batch_size: int) -> float | None:
