@@ -13,10 +13,12 @@ def has_gpu() -> bool:
 def fast_bfloat16() -> bool:
     """Say whether this machine multiplies bfloat16 matrices faster than float32 ones.
 
-    GPUs do; of x86 CPUs, those with AMX tiles (measured without: half the float32 rate).
+    GPUs do; of x86 CPUs, those with AMX tiles or AVX-512 BF16 (measured on the latter: 2.5 times the
+    float32 rate; on CPUs with neither: half of it).
     """
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
