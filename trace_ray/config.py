@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from trace_ray.core.objectives import Objective
+from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
 
 
@@ -125,6 +125,54 @@ class JudgeFitConfig(Section):
     seed: int = 0
 
 
+class FileOracle(Section):
+    """Corrected responses that somebody has written."""
+
+    kind: Literal["file"]
+    path: str
+    """jsonl of {prompt, response}; several lines per prompt are tried in their order."""
+
+
+class VLLMOracle(Section):
+    """Corrected responses written by a language model that reads the policy."""
+
+    kind: Literal["vllm"]
+    model: str
+    """Model reference of the generator."""
+    revision: str | None = None
+    """Revision of a Hugging Face model."""
+    adapter: str | None = None
+    """Directory of an adapter of the generator."""
+    attempts: int = Field(default=4, ge=1)
+    """Replies written per pair; the first that the judge finds compliant is taken."""
+    temperature: float = Field(default=0.8, ge=0)
+    """Of the sampling; 0 with attempts: 1 is greedy."""
+    max_new_tokens: int = Field(default=96, ge=1)
+    resources: Resources = Resources()
+    engine: EngineConfig = EngineConfig()
+
+
+class OpenAIOracle(Section):
+    """Corrected responses from any OpenAI-compatible endpoint."""
+
+    kind: Literal["openai"]
+    model: str
+    """Model name at the endpoint."""
+    base_url: str | None = None
+    """null = OPENAI_BASE_URL, or OpenAI itself."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    attempts: int = Field(default=1, ge=1)
+    """Replies written per pair; the first that the judge finds compliant is taken."""
+    temperature: float = Field(default=0.7, ge=0)
+    max_new_tokens: int = Field(default=256, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    """Requests in flight."""
+
+
+OracleConfig = Annotated[FileOracle | VLLMOracle | OpenAIOracle, Field(discriminator="kind")]
+
+
 class LoraConfig(Section):
     """The adapter's shape (paper: r 32, alpha 16, dropout 0.1 on q_proj and v_proj)."""
 
@@ -166,8 +214,13 @@ class TrainingConfig(Section):
     """Stop after so many optimizer steps; null = by epochs."""
     batch_size: int = Field(default=4, ge=1)
     """Pairs per optimizer step."""
-    accumulation: int = Field(default=1, ge=1)
-    """Micro-batches the step is split into, to save memory."""
+    max_tokens: int | None = Field(default=None, ge=16)
+    """Tokens computed at once: a step with more is split into micro-batches; null = never split."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
+    """Robust DPO on inverted pairs: the rate of wrong triage labels; ``judge`` takes each pair's from
+    the judge's own probabilities; 0 = the paper's loss."""
     max_length: int = Field(default=512, ge=16)
     """Tokens of prompt plus response; longer ones lose the response's tail, counted in the report."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -233,6 +286,10 @@ class FleetConfig(Section):
     data: DataConfig
     judge: JudgeConfig | None = None
     """Needed by every objective but ``sft``."""
+    oracle: OracleConfig | None = None
+    """Who writes corrected responses for PUNISH pairs; needed by ``trace_oracle`` and ``dpo_gold``."""
+    flip_labels: float = Field(default=0.0, ge=0, le=1)
+    """Share of triage categories replaced at random: only to study what a wrong judge does."""
     models: list[ModelConfig] = Field(min_length=1)
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig | None = None
@@ -256,6 +313,8 @@ class FleetConfig(Section):
             raise ValueError("all models of a fleet share one training.objective")
         if self.judge is None and objectives != {"sft"}:
             raise ValueError("every objective but 'sft' needs a 'judge' section")
+        if self.oracle is None and objectives <= CORRECTED:
+            raise ValueError(f"objective {self.objective!r} needs an 'oracle' section")
         return self
 
     @property
@@ -350,6 +409,11 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     if judge is not None:
         adapter = judge.adapter if judge.adapter in (None, "auto") else at(judge.adapter)
         judge = judge.model_copy(update={"labels": at(judge.labels), "adapter": adapter})
+    oracle = config.oracle
+    if isinstance(oracle, FileOracle):
+        oracle = oracle.model_copy(update={"path": at(oracle.path)})
+    elif isinstance(oracle, VLLMOracle):
+        oracle = oracle.model_copy(update={"adapter": at(oracle.adapter)})
     evaluation = config.evaluation
     if evaluation is not None:
         retention = at(evaluation.retention_prompts)
@@ -365,6 +429,7 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
             "policy": at(config.policy),
             "data": data,
             "judge": judge,
+            "oracle": oracle,
             "evaluation": evaluation,
             "storage": storage,
         }
@@ -378,6 +443,8 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
         "data.gold": config.data.gold,
         "judge.labels": judge.labels if judge else None,
         "judge.adapter": judge.adapter if judge and judge.adapter != "auto" else None,
+        "oracle.path": config.oracle.path if isinstance(config.oracle, FileOracle) else None,
+        "oracle.adapter": config.oracle.adapter if isinstance(config.oracle, VLLMOracle) else None,
         "evaluation.prompts": evaluation.prompts if evaluation else None,
         "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
     }

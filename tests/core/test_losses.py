@@ -259,7 +259,9 @@ def test_denominators() -> None:
             Denominators(bad, 1.0)
 
 
-def trl_loss(loss_type: str, beta: float, logps: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+def trl_loss(
+    loss_type: str, beta: float, logps: Tensor, ref: Tensor, mask: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Run TRL's own loss code on given token log-probabilities (first half chosen)."""
     trl = pytest.importorskip("trl.trainer.dpo_trainer")
     n = len(logps) // 2
@@ -276,6 +278,7 @@ def trl_loss(loss_type: str, beta: float, logps: Tensor, ref: Tensor, mask: Tens
         loss_types=[loss_type],
         loss_weights=[1.0],
         beta=beta,
+        label_smoothing=smoothing,
         use_weighting=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
@@ -299,15 +302,28 @@ def trl_loss(loss_type: str, beta: float, logps: Tensor, ref: Tensor, mask: Tens
     return trl.DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
 
 
-@pytest.mark.parametrize(("loss", "trl_name"), [("dpo", "sigmoid"), ("ipo", "ipo")])
-def test_parity_with_trl(loss: str, trl_name: str) -> None:
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-30, 30), st.floats(0, 0.4), st.floats(0.05, 1))
+def test_robust_dpo_is_unbiased_under_flips(margin: float, rate: float, beta: float) -> None:
+    # Of pairs flipped with probability e, the expected robust loss is the plain loss without flips.
+    m, e = tensor(margin), tensor(rate)
+    expected = (1 - rate) * dpo(m, beta, e) + rate * dpo(-m, beta, e)
+    torch.testing.assert_close(expected, dpo(m, beta))
+    torch.testing.assert_close(dpo(m, beta, tensor(0.0)), dpo(m, beta))
+
+
+@pytest.mark.parametrize(
+    ("loss", "trl_name", "smoothing"),
+    [("dpo", "sigmoid", None), ("ipo", "ipo", None), ("dpo", "robust", 0.2)],
+)
+def test_parity_with_trl(loss: str, trl_name: str, smoothing: float | None) -> None:
     torch.manual_seed(0)
     n, r = 6, 9
     lengths = torch.randint(1, r + 1, (2 * n,))
     mask = (torch.arange(r) < lengths[:, None]).long()
     logps = torch.randn(2 * n, r, dtype=F64) * mask
     ref = torch.randn(2 * n, dtype=F64) * 3
-    expected = trl_loss(trl_name, 0.3, logps, ref, mask)
+    expected = trl_loss(trl_name, 0.3, logps, ref, mask, smoothing or 0.0)
     ratio = logps.sum(-1) - ref
     terms = HybridTerms(  # TRL's chosen is the NEW preference: our y_l
         chosen_logratio=ratio[n:],
@@ -317,6 +333,7 @@ def test_parity_with_trl(loss: str, trl_name: str) -> None:
         weight=torch.ones(n, dtype=F64),
         chosen_length=lengths[n:],
         rejected_length=lengths[:n],
+        smoothing=None if smoothing is None else torch.full((n,), smoothing, dtype=F64),
     )
     out = hybrid(terms, Denominators(n, 0), beta=0.3, alpha_kl=0.1, loss=loss)  # type: ignore[arg-type]
     torch.testing.assert_close(out.loss, expected)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trace_ray.core.triage import categorise, counts, triage
+from trace_ray.core.triage import categorise, corrected, counts, flipped, triage
 from trace_ray.types import Category, Label, Message, PreferencePair, TriagedPair, Verdict
 
 COMPLIES = Verdict(Label.COMPLIES, 0.1, "judge")
@@ -48,3 +50,39 @@ def test_counts_name_every_category() -> None:
     rows = [triage(pair, COMPLIES), triage(pair, VIOLATES, VIOLATES), triage(pair, COMPLIES)]
     assert counts(rows) == {"pairs": 3, "invert": 0, "punish": 1, "retain": 2, "unjudged": 0}
     assert counts([])["pairs"] == 0
+
+
+def punished() -> TriagedPair:
+    pair = PreferencePair((Message("user", "q"),), "old", "also wrong", "file:1")
+    return triage(pair, VIOLATES, VIOLATES)
+
+
+def test_a_corrected_pair_prefers_the_oracles_reply() -> None:
+    row = punished()
+    found = corrected(row, "right", COMPLIES)
+    assert found.category is Category.INVERT
+    assert (found.pair.chosen, found.pair.rejected) == ("old", "right")
+    assert found.pair.source == f"file:1 (corrects {row.pair_id})"
+    with pytest.raises(ValueError, match="only a PUNISH pair"):
+        corrected(row, "wrong again", VIOLATES)
+    with pytest.raises(ValueError, match="only a PUNISH pair"):
+        corrected(found, "right", COMPLIES)
+
+
+@given(st.integers(0, 60), st.floats(0, 1), st.integers(0, 9))
+def test_flips_hit_the_share_and_nothing_else(n: int, share: float, seed: int) -> None:
+    trained = (Category.INVERT, Category.PUNISH, Category.RETAIN)
+    rows = [
+        TriagedPair(
+            PreferencePair((Message("user", f"q{i}"),), "a", "b"),
+            trained[i % 3],
+            VIOLATES,
+        )
+        for i in range(n)
+    ]
+    found = flipped(rows, share, seed)
+    changed = {row.pair_id for row, new in zip(rows, found, strict=True) if row != new}
+    assert len(changed) == round(share * n)
+    assert all(new.category in trained for new in found)
+    again = flipped(rows[::-1], share, seed)
+    assert again == found[::-1]

@@ -118,7 +118,7 @@ def test_every_intent_has_both_verdicts(shift):
 def test_same_seed_same_files_other_seed_other_files(tmp_path):
     first, again = write(tmp_path / "a"), write(tmp_path / "b")
     other = write(tmp_path / "c", seed=1)
-    assert set(first) == {"pairs", "gold", "labels", "heldout"}
+    assert set(first) == {"pairs", "gold", "labels", "heldout", "replies"}
     for name, path in first.items():
         assert path.read_bytes() == again[name].read_bytes()
         assert path.read_bytes() != other[name].read_bytes()
@@ -150,3 +150,10 @@ def test_files_join_by_pair_id(tmp_path, shift):
 def test_too_few_or_too_many_topics(topics):
     with pytest.raises(ValueError, match="topics must be between"):
         generate(0, topics)
+
+
+def test_a_perfect_oracle_complies(shift):
+    punished = [gold.pair.prompt for gold in shift.pairs if gold.category is Category.PUNISH]
+    assert len(punished) == len(shift.replies)
+    for prompt, reply in zip(punished, shift.replies, strict=True):
+        assert not violated_clauses(NEW, prompt, reply)

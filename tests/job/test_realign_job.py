@@ -204,8 +204,11 @@ def test_mlflow_holds_the_adapter_alone_with_its_lineage(realigned, tmp_path):
         assert not [f for f in found.path.iterdir() if f.stat().st_size > 1_000_000]
 
 
-def test_the_same_run_again_does_no_work(realigned):
+def test_the_same_run_again_does_no_work_whatever_was_rolled_back(realigned):
     before, report = stages(realigned), report_of(realigned)
+    registry = Registry(default_uri(realigned / "storage"))
+    for version in (2, 1, 2, 1):
+        registry.set_alias("trace-a", "champion", version)
     done = job(realigned / "realign.yaml")
     assert done.returncode == 0, done.stderr
     assert stages(realigned) == before
@@ -238,6 +241,46 @@ def test_without_a_conflict_every_model_is_kept(deployed):
     assert done.returncode == 0, done.stderr
     assert "kept: no conflict" in done.stdout
     assert report_of(deployed)["unchanged"] == ["a", "b"]
+
+
+def test_a_second_update_starts_from_the_first_with_corrected_responses(realigned):
+    """Objective trace_oracle, replies from a file, judged by the rules, on what update 2 left."""
+    first = realigned_id(realigned, "a")
+    config = yaml.safe_load((realigned / "realign.yaml").read_text())
+    clause = {"id": "no-t", "text": "Never say the.", "checks": {"must_not_match": r"\bthe\b"}}
+    policy = {"id": "acme", "version": "4", "clauses": [clause]}
+    (realigned / "policy-4.yaml").write_text(yaml.safe_dump(policy))
+    prompts = [json.loads(line)["prompt"] for line in (realigned / "pairs.jsonl").open()]
+    replies = [{"prompt": p, "response": r} for p in prompts for r in ("the bad", f"Good: {p[:9]}")]
+    write_jsonl(realigned / "replies.jsonl", replies)
+    model = config["models"][0] | {"adapter": "models:/trace-a@challenger"}
+    config |= {"policy": "policy-4.yaml", "judge": {"kind": "rules"}, "models": [model]}
+    config |= {"oracle": {"kind": "file", "path": "replies.jsonl"}, "flip_labels": 0.1}
+    config["training"] |= {"objective": "trace_oracle", "label_smoothing": 0.1, "max_tokens": 400}
+    del config["evaluation"]
+    (realigned / "oracle.yaml").write_text(yaml.safe_dump(config))
+    done = job(realigned / "oracle.yaml")
+    assert done.returncode == 0, done.stderr
+    report = report_of(realigned)
+    written = report["corrections"]
+    assert 0 < written["accepted"] <= written["asked"]
+    assert "punish pairs corrected" in done.stdout
+    assert report["models"][0]["parent_adapter"] == first
+    rows = pq.read_table(realigned / "storage" / "latest" / "triaged.parquet").to_pylist()
+    fixed = [row for row in rows if "(corrects " in row["source"]]
+    assert len(fixed) == written["accepted"]
+    for row in fixed:
+        assert row["category"] == "invert"
+        assert row["rejected"].startswith("Good: ")
+        assert row["scores"]
+    (history,) = (
+        json.loads(path.read_text())
+        for path in (realigned / "storage" / "stages" / "adapters").glob("*/history.json")
+        if json.loads((path.parent / "stage.json").read_text())["inputs"]["training"]["objective"]
+        == "trace_oracle"
+    )
+    # The reference is the model that the first update left: no margin before the first step.
+    assert history["log"][0]["margin_sum"] == pytest.approx(0, abs=1e-3)
 
 
 def free_port():

@@ -115,9 +115,11 @@ def test_training_moves_inverted_pairs_and_saves_the_adapter_alone(base, deploye
     }
 
 
-def test_accumulation_does_not_change_the_result(base, deployed, tmp_path):
+@pytest.mark.parametrize("change", [{"max_tokens": 60}, {"gradient_checkpointing": True}])
+def test_saving_memory_does_not_change_the_result(base, deployed, tmp_path, change):
     whole, split = (
-        make(base, deployed, tmp_path / str(n), accumulation=n, max_steps=3) for n in (1, 3)
+        make(base, deployed, tmp_path / str(n), max_steps=3, **more)
+        for n, more in enumerate([{}, change])
     )
     for trainer in (whole, split):
         trainer.train()

@@ -30,17 +30,27 @@ CATEGORY_CODES: dict[Category, int] = {
 """Codes of ``HybridTerms.category``; UNJUDGED rows are not trained on and have none."""
 
 
-def dpo(margin: Tensor, beta: float) -> Tensor:
+def dpo(margin: Tensor, beta: float, smoothing: Tensor | None = None) -> Tensor:
     """Return l_pref = -log sigma(beta * margin), the DPO loss.
 
     The paper calls its preference loss IPO, but this is what it defines and what its published
-    code computes (DPO: arXiv 2305.18290, Eq. 7).
+    code computes (DPO: arXiv 2305.18290, Eq. 7). With ``smoothing``, e, it is robust DPO, whose
+    expectation over preferences flipped with probability e is the loss without flips
+    (arXiv 2403.00409, Eq. 12):
+
+        l = [(1 - e) l_pref(margin) - e l_pref(-margin)] / (1 - 2 e)
 
     Args:
         margin: r(preferred) - r(other), [N].
         beta: inverse temperature, > 0.
+        smoothing: e, each preference's probability of being the wrong way round, [N], in [0, 0.5).
     """
-    return -F.logsigmoid(beta * margin)
+    right = -F.logsigmoid(beta * margin)
+    if smoothing is None:
+        return right
+    return ((1 - smoothing) * right + smoothing * F.logsigmoid(-beta * margin)) / (
+        1 - 2 * smoothing
+    )
 
 
 def ipo(margin_per_token: Tensor, beta: float) -> Tensor:
@@ -144,6 +154,8 @@ class HybridTerms:
     """Response tokens of y_l, [B]; needed by ``ipo`` and ``rpo_alpha``."""
     rejected_logps: Tensor | None = None
     """log pi_theta(y_l|x), [B]; needed by ``rpo_alpha`` only."""
+    smoothing: Tensor | None = None
+    """Probability that an INVERT pair is the wrong way round, [B]; used by ``dpo`` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +228,10 @@ def hybrid(
     zero = terms.chosen_logratio.new_zeros(())
     is_invert, is_punish, is_retain = (terms.category == c for c in (INVERT, PUNISH, RETAIN))
     margin = terms.rejected_logratio - terms.chosen_logratio
-    preference = dpo(margin, beta) if loss == "dpo" else ipo(_margin_per_token(terms), beta)
+    if loss == "dpo":
+        preference = dpo(margin, beta, terms.smoothing)
+    else:
+        preference = ipo(_margin_per_token(terms), beta)
     if rpo_alpha:
         preference = preference + rpo_alpha * _preferred_nll(terms)
     suppression = npo(terms.chosen_logratio, terms.rejected_logratio, beta)

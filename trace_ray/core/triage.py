@@ -5,7 +5,9 @@ Triage depends on the policy, the data and the judge only, so it is done once fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import random
+from collections.abc import Iterable, Sequence
 
 from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
 
@@ -52,3 +54,43 @@ def counts(triaged: Iterable[TriagedPair]) -> dict[str, int]:
 def n_conflicts(triaged: Iterable[TriagedPair]) -> int:
     """Return the number of pairs that the new policy disagrees with: INVERT or PUNISH."""
     return sum(row.category in (Category.INVERT, Category.PUNISH) for row in triaged)
+
+
+def corrected(row: TriagedPair, response: str, verdict: Verdict) -> TriagedPair:
+    """Return a PUNISH pair with an oracle's reply y_c in y_l's place: an INVERT pair from then on.
+
+    Its loss w l_pref(margin(x, y_c, y_w)) and its conflict gradient grad l_pref(x, y_c, y_w) are those
+    of an INVERT pair (arXiv 2511.02623, type II conflicts with an oracle).
+
+    Args:
+        row: a PUNISH pair.
+        response: y_c.
+        verdict: the judge's word on y_c.
+
+    Raises:
+        ValueError: the pair is not PUNISH, or y_c doesn't comply.
+    """
+    if row.category is not Category.PUNISH or verdict.label is not Label.COMPLIES:
+        raise ValueError("only a PUNISH pair can be corrected, and only by a reply that complies")
+    source = f"{row.pair.source} (corrects {row.pair_id})".strip()
+    pair = PreferencePair(row.pair.prompt, row.pair.chosen, response, source)
+    return TriagedPair(pair, Category.INVERT, row.verdict_chosen, verdict)
+
+
+def flipped(rows: Sequence[TriagedPair], share: float, seed: int) -> list[TriagedPair]:
+    """Return the rows, ``share`` of their categories replaced by one of the other two.
+
+    What a wrong judge would do to the training (arXiv 2511.02623, oracle noise). Depends on the
+    pairs and the seed alone, not on the rows' order; UNJUDGED rows stay.
+    """
+    trained = (Category.INVERT, Category.PUNISH, Category.RETAIN)
+    ids = sorted(row.pair_id for row in rows if row.category in trained)
+    rng = random.Random(seed)
+    hit = {pair_id: rng.random() for pair_id in rng.sample(ids, round(share * len(ids)))}
+    found = []
+    for row in rows:
+        others = [category for category in trained if category is not row.category]
+        place = hit.get(row.pair_id)
+        to = row.category if place is None else others[int(place * len(others))]
+        found.append(dataclasses.replace(row, category=to))
+    return found

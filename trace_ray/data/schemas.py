@@ -88,6 +88,12 @@ def label_row(row: Mapping[str, Any], source: str) -> LabelledResponse:
     return LabelledResponse(prompt, _text(row, "response"), verdict == Label.VIOLATES, group or "")
 
 
+def reply_row(row: Mapping[str, Any], source: str) -> tuple[Prompt, str]:
+    """Read ``{prompt, response}``."""
+    del source
+    return read_prompt(row, "prompt"), _text(row, "response")
+
+
 def eval_row(row: Mapping[str, Any], source: str) -> EvalPrompt:
     """Read ``{prompt, bin: invert | punish | retain[, must_mention]}``."""
     del source

@@ -25,6 +25,7 @@ from trace_ray.data.schemas import (
     gold_row,
     label_row,
     prompt_row,
+    reply_row,
 )
 from trace_ray.errors import DataError
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, PreferencePair, Prompt
@@ -175,6 +176,14 @@ def ingest(
 def read_labels(path: str | Path) -> list[LabelledResponse]:
     """Read jsonl of ``{prompt, response, verdict[, group]}``; DataError lists every bad line."""
     return [record for record, _ in _read_all(path, label_row)]
+
+
+def read_replies(path: str | Path) -> dict[Prompt, list[str]]:
+    """Return each prompt's replies of a jsonl file, in their order; DataError lists every bad row."""
+    found: dict[Prompt, list[str]] = {}
+    for (prompt, response), _ in _read_all(path, reply_row):
+        found.setdefault(prompt, []).append(response)
+    return found
 
 
 def read_eval_prompts(path: str | Path) -> list[EvalPrompt]:

@@ -148,6 +148,8 @@ class ValueShift:
     """Pairs whose prompts are held out."""
     heldout: tuple[EvalPrompt, ...]
     """Prompts whose answers are measured, one per held-out pair."""
+    replies: tuple[str, ...]
+    """What a perfect oracle would write: a complying reply to each PUNISH pair of ``pairs``, in order."""
 
 
 def generate(seed: int = 0, topics: int = len(TOPICS)) -> ValueShift:
@@ -168,6 +170,7 @@ def generate(seed: int = 0, topics: int = len(TOPICS)) -> ValueShift:
     train = _Writer(f"train {seed}").pairs("train", order[n_labels + n_heldout :])
     heldout_pairs = _Writer(f"heldout {seed}").pairs("heldout", heldout_of)
     random.Random(f"order {seed}").shuffle(train)
+    replies = _Writer(f"replies {seed}").replies(_punished(train), order)
     return ValueShift(
         pairs=tuple(train),
         labels=tuple(_Writer(f"labels {seed}").labels(labels_of)),
@@ -175,7 +178,12 @@ def generate(seed: int = 0, topics: int = len(TOPICS)) -> ValueShift:
         heldout=tuple(
             EvalPrompt(gold.pair.prompt, gold.category, _on_topic(gold)) for gold in heldout_pairs
         ),
+        replies=tuple(replies),
     )
+
+
+def _punished(pairs: Iterable[GoldPair]) -> list[GoldPair]:
+    return [gold for gold in pairs if gold.category is Category.PUNISH]
 
 
 def _on_topic(gold: GoldPair) -> tuple[str, ...]:
@@ -187,8 +195,8 @@ def write(folder: Path, seed: int = 0, topics: int = len(TOPICS)) -> dict[str, P
     """Write the benchmark as jsonl files, each complete or absent.
 
     ``pairs``: {prompt, chosen, rejected}; ``gold``: {pair_id, category, topic, intent, clauses};
-    ``labels``: {prompt, response, verdict, group}; ``heldout``: {prompt, bin, must_mention}.
-    Prompts are plain text.
+    ``labels``: {prompt, response, verdict, group}; ``heldout``: {prompt, bin, must_mention};
+    ``replies``: {prompt, response}, a perfect oracle's, for PUNISH pairs. Prompts are plain text.
 
     Returns:
         The files' paths by name.
@@ -220,6 +228,10 @@ def write(folder: Path, seed: int = 0, topics: int = len(TOPICS)) -> dict[str, P
                 "must_mention": list(prompt.must_mention),
             }
             for prompt in shift.heldout
+        ],
+        "replies": [
+            {"prompt": _text(gold.pair.prompt), "response": reply}
+            for gold, reply in zip(_punished(shift.pairs), shift.replies, strict=True)
         ],
     }
     folder = Path(folder)
@@ -261,6 +273,13 @@ class _Writer:
                     row = LabelledResponse(turns, text, bool(violated), topic[0])
                     found.append(GoldLabel(row, intent, violated))
         return found
+
+    def replies(self, pairs: list[GoldPair], topics: list[tuple[str, str, str]]) -> list[str]:
+        by_name = {topic[0]: topic for topic in topics}
+        return [
+            self._reply(_LABEL_KINDS[_family(gold.intent)][0], gold.intent, by_name[gold.topic])[0]
+            for gold in pairs
+        ]
 
     def _questions(
         self, split: Split, number: int, topic: tuple[str, str, str]

@@ -38,6 +38,8 @@ class EncodedRow:
     """Empty where the row's category has no use for it."""
     truncated: bool
     """True where a response lost its tail to ``max_length``."""
+    smoothing: float = 0.0
+    """Probability that an INVERT row is the wrong way round (robust DPO)."""
 
     @property
     def n_tokens(self) -> int:
@@ -69,6 +71,7 @@ def encode_row(
     category: Category,
     weight: float,
     max_length: int,
+    smoothing: float = 0.0,
 ) -> EncodedRow:
     """Encode a row; a RETAIN row, and one whose ``rejected`` is None, has its ``chosen`` side only."""
     prompt_ids, chosen_ids, cut = encode_exchange(tokenizer, prompt, row["chosen"], max_length)
@@ -80,7 +83,9 @@ def encode_row(
         # Both sides share one prompt: the shorter of the two cuts serves both.
         prompt_ids = min(prompt_ids, other_ids, key=len)
         cut = cut or cut_too
-    return EncodedRow(row["pair_id"], category, weight, prompt_ids, chosen_ids, rejected_ids, cut)
+    return EncodedRow(
+        row["pair_id"], category, weight, prompt_ids, chosen_ids, rejected_ids, cut, smoothing
+    )
 
 
 def pad_sequences(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
@@ -117,8 +122,8 @@ class HybridCollator:
     pack: bool
     """Share common prefixes instead of padding."""
 
-    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        """Return the batch; ``paired`` holds the rows whose ``rejected`` is in it."""
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+        """Return the batch; ``paired`` holds the rows whose ``rejected`` is in it, ``pair_ids`` all ids."""
         paired = [i for i, row in enumerate(rows) if row.rejected_ids]
         sequences = [(row.prompt_ids, row.chosen_ids) for row in rows]
         sequences += [(rows[i].prompt_ids, rows[i].rejected_ids) for i in paired]
@@ -126,8 +131,43 @@ class HybridCollator:
         return lay_out(sequences) | {
             "category": torch.tensor([CATEGORY_CODES[row.category] for row in rows]),
             "weight": torch.tensor([row.weight for row in rows], dtype=torch.float32),
+            "smoothing": torch.tensor([row.smoothing for row in rows], dtype=torch.float32),
             "paired": torch.tensor(paired, dtype=torch.int64),
+            "pair_ids": [row.pair_id for row in rows],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class StepCollator:
+    """The rows of one optimizer step to micro-batches of at most ``max_tokens`` tokens each."""
+
+    collator: HybridCollator
+    max_tokens: int | None
+    """None: the step is one batch. A row that is longer by itself is a micro-batch of its own."""
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, list[dict[str, Any]]]:
+        """Return ``{"micro_batches": [...]}``; rows keep their order."""
+        return {
+            "micro_batches": [
+                self.collator(part) for part in split_by_tokens(rows, self.max_tokens)
+            ]
+        }
+
+
+def split_by_tokens(
+    rows: Sequence[EncodedRow], max_tokens: int | None
+) -> Iterator[list[EncodedRow]]:
+    """Cut ``rows`` into runs of at most ``max_tokens`` tokens (counted without sharing prefixes)."""
+    part: list[EncodedRow] = []
+    total = 0
+    for row in rows:
+        if part and max_tokens is not None and total + row.n_tokens > max_tokens:
+            yield part
+            part, total = [], 0
+        part.append(row)
+        total += row.n_tokens
+    if part:
+        yield part
 
 
 class BucketSampler(Sampler[int]):

@@ -187,6 +187,29 @@ class Engine:
         adapters = [adapter] * len(prompt_token_ids)
         return [output.outputs[0].text for output in self._run(prompt_token_ids, params, adapters)]
 
+    def sample(
+        self,
+        prompt_token_ids: Sequence[list[int]],
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] = (),
+        adapter: AdapterPath | None = None,
+    ) -> list[list[str]]:
+        """Return ``n`` seeded answers to each prompt, without special tokens."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            n=n,
+            temperature=temperature,
+            seed=0,
+            max_tokens=max_new_tokens,
+            stop_token_ids=list(stop_token_ids),
+        )
+        adapters = [adapter] * len(prompt_token_ids)
+        outputs = self._run(prompt_token_ids, params, adapters)
+        return [[answer.text for answer in output.outputs] for output in outputs]
+
     def close(self) -> None:
         """Free the engine's memory. The object can't be used afterwards."""
         if hasattr(self, "_llm"):

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trace_ray.config import TrainingConfig
 from trace_ray.core import logprobs, losses
 from trace_ray.errors import TrainError
-from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator
+from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, StepCollator
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.policy_model import reference, save_adapter
 from trace_ray.types import Category
@@ -76,7 +76,7 @@ class RealignTrainer(Trainer):
             pack: share common prefixes within a batch (``packing``) instead of padding it.
             callbacks: transformers' callbacks.
         """
-        self.config, self.rows = config, list(rows)
+        self.config, self.rows, self.pack = config, list(rows), pack
         counts = Counter(row.category for row in self.rows)
         self.denominators = losses.Denominators.of_step(
             config.batch_size,
@@ -90,7 +90,7 @@ class RealignTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.rows,  # pyright: ignore[reportArgumentType]
-            data_collator=HybridCollator(pack),  # pyright: ignore[reportArgumentType]
+            data_collator=StepCollator(HybridCollator(pack), config.max_tokens),  # pyright: ignore[reportArgumentType]
             callbacks=callbacks,
         )
         # Our loss has global denominators already: micro-batches add up, they aren't averaged.
@@ -98,12 +98,24 @@ class RealignTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         lengths = [row.n_tokens for row in self.rows]
-        return BucketSampler(lengths, self.args.train_batch_size, self.config.seed)
+        # Packed batches have no padding to save, and length goes with category: mix them freely.
+        span = 1 if self.pack else 8
+        return BucketSampler(lengths, self.args.train_batch_size, self.config.seed, span)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Run forward and backward over the step's micro-batches; return the step's loss."""
+        losses_ = [
+            super(RealignTrainer, self).training_step(model, micro, num_items_in_batch)
+            for micro in inputs["micro_batches"]
+        ]
+        return torch.stack(losses_).sum()
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
@@ -117,7 +129,9 @@ class RealignTrainer(Trainer):
             loss = self._hybrid_loss(model, inputs, logits, token_logps)
         if not torch.isfinite(loss):
             raise TrainError(
-                "the loss is not finite; lower training.learning_rate, or look at the rows of the batch"
+                f"step {self.state.global_step + 1}: the loss is not finite; lower "
+                f"training.learning_rate, or look at these pairs: {', '.join(inputs['pair_ids'])}. "
+                "The last checkpoint is kept."
             )
         return loss
 
@@ -146,6 +160,7 @@ class RealignTrainer(Trainer):
             chosen_length=lengths[:n_rows],
             rejected_length=losses.to_rows(lengths[n_rows:], paired, n_rows),
             rejected_logps=losses.to_rows(logps[n_rows:], paired, n_rows),
+            smoothing=batch["smoothing"] if self.config.label_smoothing else None,
         )
         output = losses.hybrid(
             terms,
@@ -207,8 +222,9 @@ def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -
     """Translate our training section into transformers' arguments."""
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=max(1, config.batch_size // config.accumulation),
-        gradient_accumulation_steps=config.accumulation,
+        per_device_train_batch_size=config.batch_size,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,

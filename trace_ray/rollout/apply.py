@@ -18,6 +18,7 @@ from trace_ray.core import triage
 from trace_ray.errors import ConfigError, JudgeError, ModelError, TraceRayError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout import report as reports
+from trace_ray.rollout.conflicts import prepare
 from trace_ray.rollout.plan import Inputs, read_inputs
 from trace_ray.rollout.realign import Deployed, ModelJob, realign
 from trace_ray.runtime.cluster import connected, result, run_alone
@@ -34,10 +35,15 @@ class Triaged:
     """The fleet's triage: made once, used by every model."""
 
     rows: list[TriagedPair]
+    """As the judge found them."""
+    trained: list[TriagedPair]
+    """What models train on: the same, but for an oracle's corrections (and flips, in noise studies)."""
     folder: Path | None
-    """Stage folder of triaged parquet; None for ``sft``, which has no triage."""
+    """Stage folder of ``trained``; None for ``sft``, which has no triage."""
     judge_calls: int
     card: JudgeCard | None
+    corrections: dict[str, int] | None = None
+    """How many PUNISH pairs the oracle was asked for, and how many of its replies were accepted."""
 
 
 def apply(config_path: str) -> dict[str, Any]:
@@ -63,7 +69,8 @@ def apply(config_path: str) -> dict[str, Any]:
             }
             pairs, ingested = _ingest(inputs, fleet)
             if inputs.config.objective == "sft":
-                triaged = Triaged(_all_retained(pairs.path), None, 0, None)
+                rows = _all_retained(pairs.path)
+                triaged = Triaged(rows, rows, None, 0, None)
             else:
                 triaged = _triage(inputs, pairs, fleet)
             jobs = [
@@ -79,14 +86,15 @@ def apply(config_path: str) -> dict[str, Any]:
                 for model in inputs.config.models
             ]
             # Where no pair conflicts with the policy, every model is kept as it is.
-            idle = triaged.folder is not None and not triage.n_conflicts(triaged.rows)
+            idle = triaged.folder is not None and not triage.n_conflicts(triaged.trained)
             fleet("realigning")
             results = {} if idle else _realign_all(jobs)
             fleet("done", note=f"run {inputs.run_id}")
     report = reports.build(
         inputs, triaged.rows, triaged.judge_calls, triaged.card, ingested, results, started
     )
-    reports.write(inputs, run_dir, report, triaged.rows, results)
+    report["corrections"] = triaged.corrections
+    reports.write(inputs, run_dir, report, triaged.trained, results)
     return report
 
 
@@ -252,7 +260,8 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     rows, calls = read_triaged(stage.path / "rows")
     counts = triage.counts(rows)
     fleet("triage", note=" ".join(f"{name} {n}" for name, n in counts.items()))
-    return Triaged(rows, stage.path, calls, card)
+    ready = prepare(inputs, rows, stage.path, spec, fleet)
+    return Triaged(rows, ready.rows, ready.folder, calls, card, ready.corrections)
 
 
 def _realign_all(jobs: list[ModelJob]) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,13 @@ import itertools
 import json
 import shutil
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
 from trace_ray.config import ModelConfig
-from trace_ray.core.objectives import WEIGHTED, training_pair
+from trace_ray.core.objectives import WEIGHTED, flip_probability, training_pair
 from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
 from trace_ray.models.references import ModelSource
@@ -215,11 +215,15 @@ def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, 
             | {"category": str(Category.RETAIN), "weight": 1.0}
             for row in pairs
         ]
+    training = job.model.training
     triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
     rows = []
     for row in triaged:
-        pair = training_pair(job.model.training.objective, row, weights.get(row.pair_id, 1.0))
+        pair = training_pair(training.objective, row, weights.get(row.pair_id, 1.0))
         if pair is not None:
+            smoothing = training.label_smoothing
+            smoothing = flip_probability(row) if smoothing == "judge" else smoothing
+            pair = replace(pair, smoothing=smoothing)
             prompt = [turn.to_row() for turn in row.pair.prompt]
             rows.append({"pair_id": row.pair_id, "prompt": prompt} | asdict(pair))
     return rows

@@ -82,6 +82,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
             "pairs_per_s",
             "wall_s",
             "impact",
+            "answers_path",
         )
     }
     before, after = (measures["before"], measures["after"]) if measures else (None, None)
@@ -181,11 +182,16 @@ def triage_line(report: dict[str, Any]) -> str | None:
         return None
     judge = found["judge"]
     auc = "-" if judge["auc"] is None else f"{judge['auc']:.3f}"
-    return (
+    line = (
         f"triage: {found['pairs']} pairs: {found['invert']} invert, {found['punish']} punish, "
         f"{found['retain']} retain, {found['unjudged']} unjudged "
         f"({found['judge_calls']} judge calls; judge {judge['name']}, AUC {auc})"
     )
+    if written := report.get("corrections"):
+        line += (
+            f"; {written['accepted']} of {written['asked']} punish pairs corrected, the rest by NPO"
+        )
+    return line
 
 
 def _cells(model: dict[str, Any]) -> list[str]:

@@ -116,13 +116,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as one parquet file, complete or not at all."""
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: Any = None) -> None:
+    """Write rows as one parquet file, complete or not at all; ``schema`` None is read off the rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-    pq.write_table(pa.Table.from_pylist(rows), draft)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), draft)
     os.replace(draft, path)
 
 

@@ -165,6 +165,7 @@ def encode_rows(
                 category=category,
                 weight=weight,
                 max_length=config.max_length,
+                smoothing=float(row.get("smoothing") or 0.0),
             )
         )
     return encoded

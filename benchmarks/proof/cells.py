@@ -1,0 +1,124 @@
+"""The cells of the proof: each is one deployed model realigned by one objective under one seed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trace_ray.types import content_digest
+
+Data = Literal["synthetic", "hh"]
+ROOT = Path(__file__).resolve().parents[2]
+STORAGE = ".trace-ray/proof"
+
+BASES = {"smollm2": "demo:smollm2", "gemma3": "demo:gemma3"}
+EXAMPLES: dict[Data, tuple[str, str]] = {
+    "synthetic": ("deployed.yaml", "quickstart.yaml"),
+    "hh": ("hh-deployed.yaml", "hh-rlhf.yaml"),
+}
+"""Per data set the example that deploys the old policy and the one that realigns."""
+PROMPTS: dict[Data, int] = {"synthetic": 96, "hh": 160}
+"""Held-out prompts measured; the examples measure fewer."""
+BLIMP_PAIRS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row of the table before its seeds are averaged."""
+
+    data: Data
+    model: str
+    objective: str
+    seed: int = 0
+    flip_labels: float = 0.0
+    nll: bool = True
+    """With the examples' NLL term on preferred responses (``rpo_alpha``); False is the paper's loss."""
+
+    @property
+    def name(self) -> str:
+        """A file name, unique among cells."""
+        parts = [self.data, self.model, self.objective, f"s{self.seed}"]
+        parts += [f"flip{self.flip_labels:g}"] if self.flip_labels else []
+        return "-".join([*parts, *([] if self.nll else ["paper"])])
+
+    @property
+    def model_name(self) -> str:
+        """Name of the deployed model: one per data set, base and seed."""
+        return f"{self.data}-{self.model}-s{self.seed}"
+
+    def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the fleet configs that deploy the old policy and that realign."""
+        deploy, realign = (_example(name) for name in EXAMPLES[self.data])
+        resources = {"num_cpus": 1, "threads": 2}
+        model = {"name": self.model_name, "base": BASES[self.model], "resources": resources}
+        for config in (deploy, realign):
+            config["models"] = [copy.deepcopy(model)]
+            config["training"]["seed"] = self.seed
+            config["storage"] = STORAGE
+        realign["models"][0]["adapter"] = f"models:/trace-{self.model_name}@champion"
+        realign["training"]["objective"] = self.objective
+        realign["flip_labels"] = self.flip_labels
+        if not self.nll:
+            realign["training"]["rpo_alpha"] = 0.0
+        if self.objective in ("trace_oracle", "dpo_gold"):
+            replies = Path(STORAGE, "..", "demo", "replies.jsonl")
+            realign["oracle"] = {"kind": "file", "path": str(ROOT / replies)}
+        evaluation = realign["evaluation"]
+        evaluation |= {"max_prompts": PROMPTS[self.data], "blimp_pairs": BLIMP_PAIRS}
+        return deploy, realign
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the cell asks for: a result under another key is out of date."""
+        return content_digest([asdict(self), _portable(self.configs())])[:16]
+
+
+def all_cells() -> list[Cell]:
+    """Every cell of the table, the most telling first."""
+    cells = []
+    for seed in range(3):
+        for objective in ("trace", "naive_dpo", "dpo_gold", "u2a"):
+            cells.append(Cell("synthetic", "smollm2", objective, seed))
+        cells.append(Cell("synthetic", "smollm2", "naive_dpo", seed, nll=False))
+        cells.append(Cell("synthetic", "smollm2", "trace", seed, nll=False))
+    cells += [
+        Cell("synthetic", "smollm2", objective)
+        for objective in ("trace_oracle", "no_impact", "no_triage", "no_kl")
+    ]
+    cells += [
+        Cell("synthetic", "smollm2", objective, flip_labels=share)
+        for share in (0.1, 0.2)
+        for objective in ("trace", "naive_dpo")
+    ]
+    cells += [Cell("synthetic", "gemma3", objective) for objective in ("trace", "naive_dpo")]
+    for seed in range(3):
+        cells += [
+            Cell("hh", "smollm2", objective, seed) for objective in ("trace", "naive_dpo", "u2a")
+        ]
+    cells += [Cell("hh", "smollm2", objective) for objective in ("no_impact", "no_triage", "no_kl")]
+    return cells
+
+
+def _example(name: str) -> dict[str, Any]:
+    """Read an example with its inputs' paths made absolute."""
+    folder = ROOT / "examples"
+    config = yaml.safe_load((folder / name).read_text())
+    places = [(config, "policy"), (config["data"], "source"), (config["data"], "gold")]
+    places += [(config.get("judge", {}), "labels"), (config.get("evaluation", {}), "prompts")]
+    for section, key in places:
+        if key in section:
+            section[key] = str((folder / section[key]).resolve())
+    return config
+
+
+def _portable(value: Any) -> Any:
+    """Take this checkout's place out of paths, so that a key is the same on every machine."""
+    if isinstance(value, dict):
+        return {key: _portable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(each) for each in value]
+    return value.replace(str(ROOT), "") if isinstance(value, str) else value

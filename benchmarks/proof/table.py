@@ -1,0 +1,118 @@
+"""Makes RESULTS.md out of results.jsonl: one line per objective, seeds averaged, with intervals.
+
+Intervals are 95% bootstrap intervals over held-out prompts, each prompt's outcome averaged over the
+seeds; differences to trace are paired by prompt and by seed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cells import Cell, all_cells
+from run import read_results
+
+OUT = Path(__file__).with_name("RESULTS.md")
+Line = tuple[str, str, str, float, bool]
+TITLES = {
+    "synthetic": "Synthetic value shift, held-out topics",
+    "hh": "hh-rlhf (harmless), held-out dialogues",
+}
+
+
+def main() -> None:
+    """Write the tables of all results that are up to date."""
+    cells = {cell.key: cell for cell in all_cells()}
+    lines: dict[Line, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for row in read_results():
+        if cell := cells.get(row["key"]):
+            lines[_line(cell)][cell.seed] = row
+    parts = [
+        "# What the method does on real models",
+        "Made by `python benchmarks/proof/run.py && python benchmarks/proof/table.py`. Agreement (TPA) is "
+        "judged by the policy's checks, not by the judge that did the triage. `paper` marks the paper's "
+        "loss; the other lines add the NLL term of `rpo_alpha`. TPA and BLiMP in points, KL in nats.",
+    ]
+    for (data, model), title in _tables(lines):
+        parts += [f"## {title}", _table(data, model, lines)]
+    missing = [cell.name for cell in cells.values() if cell.seed not in lines.get(_line(cell), {})]
+    if missing:
+        parts += [f"Not run yet ({len(missing)} cells): {', '.join(missing)}."]
+    OUT.write_text("\n\n".join(parts) + "\n")
+    print(OUT.read_text())
+
+
+def _line(cell: Cell) -> Line:
+    return (cell.data, cell.model, cell.objective, cell.flip_labels, cell.nll)
+
+
+def _tables(lines: dict[Line, Any]) -> list[tuple[tuple[str, str], str]]:
+    pairs = dict.fromkeys((line[0], line[1]) for line in lines)
+    return [(pair, f"{TITLES[pair[0]]}: {pair[1]}") for pair in pairs]
+
+
+def _table(data: str, model: str, lines: dict[Line, dict[int, dict[str, Any]]]) -> str:
+    rows = [
+        "| objective | seeds | TPA | over trace | invert/punish/retain | token KL | BLiMP | distinct-2 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    mine = {line: seeds for line, seeds in lines.items() if line[:2] == (data, model)}
+    trace = mine.get((data, model, "trace", 0.0, True), {})
+    if trace:
+        rows.append(_row("deployed", trace, {}, "before"))
+    order = sorted(mine, key=lambda line: (line[3], not line[4], line[2] != "trace", line[2]))
+    for line in order:
+        _, _, objective, flips, nll = line
+        name = objective + ("" if nll else ", paper") + (f", {flips:.0%} flipped" if flips else "")
+        rows.append(_row(name, mine[line], trace if mine[line] is not trace else {}, "after"))
+    return "\n".join(rows)
+
+
+def _row(
+    name: str, seeds: dict[int, dict[str, Any]], trace: dict[int, dict[str, Any]], side: str
+) -> str:
+    runs = list(seeds.values())
+    passed = np.array([run[f"passed_{side}"] for run in runs], dtype=float)
+    shared = sorted(set(seeds) & set(trace))
+    against = "-"
+    if shared:
+        gap = [
+            np.subtract(seeds[s]["passed_after"], trace[s]["passed_after"], dtype=float)
+            for s in shared
+        ]
+        against = _interval(np.mean(gap, axis=0), "+")
+    field = "before" if side == "before" else "value"
+    bins = [
+        "-"
+        if kind not in runs[0]["bins"]
+        else f"{100 * np.mean([_value(run['bins'][kind], field) for run in runs]):.0f}"
+        for kind in ("invert", "punish", "retain")
+    ]
+    kept = [run["retention"] for run in runs]
+    blimp = f"{100 * np.mean([k[f'blimp_{side}'] for k in kept]):.1f}"
+    if side == "after":
+        change = np.mean([k["blimp_after"] - k["blimp_before"] for k in kept])
+        blimp += f" ({100 * change:+.1f})"
+    kl = f"{np.mean([k['kl'] for k in kept]):.3f}" if side == "after" else "0"
+    distinct = f"{np.mean([k[f'distinct2_{side}'] for k in kept]):.2f}"
+    cells = [name, str(len(runs)), _interval(passed.mean(0)), against, " / ".join(bins)]
+    return f"| {' | '.join([*cells, kl, blimp, distinct])} |"
+
+
+def _value(bin_: dict[str, Any], field: str) -> float:
+    found = bin_[field]
+    return found["value"] if isinstance(found, dict) else found
+
+
+def _interval(outcomes: np.ndarray, sign: str = "") -> str:
+    """Return the mean of per-prompt outcomes and its bootstrap interval, in points."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(outcomes, (4000, len(outcomes))).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{100 * outcomes.mean():{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+if __name__ == "__main__":
+    main()

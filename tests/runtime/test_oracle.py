@@ -1,0 +1,137 @@
+"""Corrected responses: who writes them, who accepts them, and what becomes of the rest."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
+
+import pytest
+
+from trace_ray.config import EngineConfig, FileOracle, OpenAIOracle, VLLMOracle
+from trace_ray.core.policy import parse_policy
+from trace_ray.errors import ConfigError, DataError
+from trace_ray.runtime.cluster import connected, run_alone
+from trace_ray.runtime.judge import RuleJudge
+from trace_ray.runtime.oracle import correct, write_replies
+from trace_ray.testing import tiny_model
+from trace_ray.types import Category, Label, Message, PreferencePair, TriagedPair, Verdict
+
+POLICY = parse_policy(
+    {
+        "id": "acme",
+        "version": "2",
+        "clauses": [
+            {"id": "no-upsell", "text": "No upsell.", "checks": {"must_not_match": "upgrade"}}
+        ],
+    },
+    "policy.yaml",
+)
+
+
+def row(number: int, category: Category) -> TriagedPair:
+    pair = PreferencePair((Message("user", f"q{number}"),), f"upgrade {number}", "upgrade now")
+    return TriagedPair(pair, category, Verdict(Label.VIOLATES, 1.0, "test"))
+
+
+ROWS = [row(0, Category.PUNISH), row(1, Category.INVERT), row(2, Category.PUNISH)]
+
+
+def test_the_first_reply_the_judge_accepts_is_taken_and_the_rest_stays_punish():
+    candidates = [["upgrade!", "It is free.", "It costs 3."], ["please upgrade", "  "]]
+    found, accepted = correct(ROWS, candidates, RuleJudge(POLICY).verdicts)
+    assert accepted == 1
+    first, second, third = found
+    assert first.category is Category.INVERT
+    assert (first.pair.chosen, first.pair.rejected) == ("upgrade 0", "It is free.")
+    assert ROWS[0].pair_id in first.pair.source
+    assert first.verdict_rejected is not None
+    assert first.verdict_rejected.label is Label.COMPLIES
+    assert [second, third] == ROWS[1:]
+
+
+def test_replies_from_a_file(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    lines = [{"prompt": "q0", "response": "a"}, {"prompt": "q0", "response": "b"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = [ROWS[0].pair.prompt, ROWS[2].pair.prompt]
+    config = FileOracle(kind="file", path=str(path))
+    assert write_replies(config, POLICY, prompts, tmp_path) == [["a", "b"], []]
+    path.write_text('{"prompt": "q0"}\n')
+    with pytest.raises(DataError, match=r"replies\.jsonl:1: response"):
+        write_replies(config, POLICY, prompts, tmp_path)
+
+
+def test_replies_from_an_engine(tmp_path):
+    """In a worker of its own, as the job runs it: a vLLM engine's threads end with it."""
+    tiny_model(tmp_path / "model")
+    config = VLLMOracle(
+        kind="vllm",
+        model=str(tmp_path / "model"),
+        attempts=3,
+        max_new_tokens=4,
+        engine=EngineConfig(max_model_len=256),
+    )
+    long = (Message("user", "x" * 400),)
+    with connected():
+        found = run_alone(
+            config.resources, write_replies, config, POLICY, [ROWS[0].pair.prompt, long], tmp_path
+        )
+    assert [len(texts) for texts in found] == [3, 0]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Speaks just enough of the OpenAI form: fails once, then says what it was asked."""
+
+    calls: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.calls.append(body)
+        broken = len(self.calls) == 1
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": f"{i}"},
+                "finish_reason": "stop",
+            }
+            for i in range(body.get("n", 1))
+        ]
+        answer = {"error": {"message": "busy"}} if broken else {"choices": choices}
+        payload = json.dumps(answer).encode()
+        self.send_response(503 if broken else 200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_replies_from_an_endpoint(monkeypatch, tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        config = OpenAIOracle(
+            kind="openai",
+            model="writer",
+            base_url=f"http://127.0.0.1:{server.server_port}/v1",
+            api_key_env="TEST_ORACLE_KEY",
+            attempts=2,
+            concurrency=1,
+        )
+        prompts = [ROWS[0].pair.prompt, ROWS[2].pair.prompt]
+        with pytest.raises(ConfigError, match="TEST_ORACLE_KEY"):
+            write_replies(config, POLICY, prompts, tmp_path)
+        monkeypatch.setenv("TEST_ORACLE_KEY", "secret")
+        assert write_replies(config, POLICY, prompts, tmp_path) == [["0", "1"]] * 2
+        asked = Endpoint.calls[-1]["messages"]
+        assert "No upsell." in asked[0]["content"]
+        assert asked[-1] == {"role": "user", "content": "q2"}
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,128 @@
+"""Corrected responses for PUNISH pairs: written by an oracle, accepted only by the judge's word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trace_ray.config import FileOracle, OpenAIOracle, OracleConfig, VLLMOracle
+from trace_ray.core.oracle_prompt import oracle_prompt
+from trace_ray.core.policy import Policy
+from trace_ray.core.triage import corrected
+from trace_ray.errors import ConfigError, DataError
+from trace_ray.types import Category, Label, Prompt, TriagedPair
+
+Replies = list[list[str]]
+"""Per prompt the candidate replies, best first; empty where the oracle gave none."""
+
+
+def correct(
+    rows: Sequence[TriagedPair], candidates: Replies, verdicts_of: Any
+) -> tuple[list[TriagedPair], int]:
+    """Put the first candidate that the judge accepts into each PUNISH row.
+
+    Args:
+        rows: triaged rows of any category; others than PUNISH are returned as they are.
+        candidates: per PUNISH row, in their order, its candidate replies.
+        verdicts_of: the judge: exchanges to verdicts, called once.
+
+    Returns:
+        The rows, in order, and how many were corrected; the others stay PUNISH (NPO).
+    """
+    punished = [row for row in rows if row.category is Category.PUNISH]
+    asked = [
+        (row, text)
+        for row, texts in zip(punished, candidates, strict=True)
+        for text in dict.fromkeys(text.strip() for text in texts)
+        if text and text != row.pair.chosen
+    ]
+    verdicts = verdicts_of([(row.pair.prompt, text) for row, text in asked]) if asked else []
+    accepted: dict[str, TriagedPair] = {}
+    for (row, text), verdict in zip(asked, verdicts, strict=True):
+        if verdict.label is Label.COMPLIES and row.pair_id not in accepted:
+            accepted[row.pair_id] = corrected(row, text, verdict)
+    return [accepted.get(row.pair_id, row) for row in rows], len(accepted)
+
+
+def write_replies(
+    config: OracleConfig, policy: Policy, prompts: Sequence[Prompt], models: Path
+) -> Replies:
+    """Return candidate replies to each prompt.
+
+    Args:
+        config: who writes them.
+        policy: the new policy, which a generator reads.
+        prompts: prompts of the PUNISH pairs.
+        models: cache of base models.
+
+    Raises:
+        ConfigError: the endpoint's key is not set.
+        DataError: a malformed file, or an endpoint that fails.
+        ModelError: the generator can't be loaded.
+    """
+    if isinstance(config, FileOracle):
+        from trace_ray.data.sources import read_replies
+
+        known = read_replies(config.path)
+        return [known.get(prompt, []) for prompt in prompts]
+    asked = [oracle_prompt(policy, prompt) for prompt in prompts]
+    if isinstance(config, VLLMOracle):
+        return _from_engine(config, asked, models)
+    return _from_endpoint(config, asked)
+
+
+def _from_engine(config: VLLMOracle, asked: Sequence[Prompt], models: Path) -> Replies:
+    from trace_ray.models.chat import encode_prompt, stop_token_ids
+    from trace_ray.models.engine import AdapterPath, Engine
+    from trace_ray.models.families import load_tokenizer
+    from trace_ray.models.references import resolve_model
+
+    base = str(resolve_model(config.model, config.revision, models).path)
+    tokenizer = load_tokenizer(base)
+    adapter = AdapterPath("oracle", config.adapter) if config.adapter else None
+    engine = Engine(
+        base, config.engine, lora=adapter is not None, num_cpus=config.resources.n_threads
+    )
+    ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
+    fits = [i for i, tokens in enumerate(ids) if len(tokens) < config.engine.max_model_len]
+    replies: Replies = [[] for _ in ids]
+    answers = engine.sample(
+        [ids[i] for i in fits],
+        config.attempts,
+        config.temperature,
+        config.max_new_tokens,
+        stop_token_ids(tokenizer),
+        adapter,
+    )
+    engine.close()
+    for i, texts in zip(fits, answers, strict=True):
+        replies[i] = texts
+    return replies
+
+
+def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt]) -> Replies:
+    from openai import OpenAI, OpenAIError
+
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise ConfigError(f"oracle.api_key_env: the environment has no {config.api_key_env}")
+    client = OpenAI(api_key=key, base_url=config.base_url, max_retries=5)
+
+    def ask(prompt: Prompt) -> list[str]:
+        answer = client.chat.completions.create(
+            model=config.model,
+            messages=[turn.to_row() for turn in prompt],  # pyright: ignore[reportArgumentType]
+            n=config.attempts,
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+        )
+        return [choice.message.content or "" for choice in answer.choices]
+
+    try:
+        with ThreadPoolExecutor(config.concurrency) as pool:
+            return list(pool.map(ask, asked))
+    except OpenAIError as error:
+        raise DataError(f"oracle: {config.base_url or 'OpenAI'}: {error}") from None
