@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trace_ray.config import LoraConfig, TrainingConfig
-from trace_ray.errors import ModelError
+from trace_ray.errors import ModelError, TrainError
 from trace_ray.models.collate import HybridCollator
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.policy_model import (
@@ -13,7 +13,12 @@ from trace_ray.models.policy_model import (
     save_adapter,
     trained_parameters,
 )
-from trace_ray.models.trainer import RealignTrainer, StepCallback, training_arguments
+from trace_ray.models.trainer import (
+    RealignTrainer,
+    SmallGradientStop,
+    StepCallback,
+    training_arguments,
+)
 from trace_ray.runtime.train import encode_rows
 from trace_ray.testing import tiny_adapter, tiny_model
 
@@ -168,3 +173,32 @@ def test_a_base_that_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_policy_model(tmp_path, None, LORA, seed=0)
+
+
+def test_training_stops_when_the_gradient_is_small_enough(base, tmp_path):
+    trainer = make(base, None, tmp_path, min_grad_norm=1e6)
+    trainer.add_callback(SmallGradientStop(trainer.config.min_grad_norm))
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_loss_that_is_not_finite_names_its_pairs(base, tmp_path):
+    bad = rows()
+    bad[3]["weight"] = float("nan")
+    trainer = make(base, None, tmp_path, rows=bad, batch_size=2, save_steps=1)
+    with pytest.raises(TrainError, match=r"step \d+: the loss is not finite.*\b3\b"):
+        trainer.train()
+
+
+def test_uncertain_pairs_are_smoothed(base, tmp_path):
+    """At theta_ref all margins are 0, where robust DPO's slope is that of DPO whatever the rate."""
+    doubtful = [row | {"smoothing": 0.3} for row in rows()]
+    plain, robust = (
+        make(base, None, tmp_path / str(i), rows=given, label_smoothing=rate, max_steps=4)
+        for i, (given, rate) in enumerate([(rows(), 0.0), (doubtful, "judge")])
+    )
+    for trainer in (plain, robust):
+        trainer.train()
+    first, last = ([t.state.log_history[i]["invert"] for t in (plain, robust)] for i in (0, 3))
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert last[0] != pytest.approx(last[1], rel=1e-3)
