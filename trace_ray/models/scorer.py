@@ -87,9 +87,9 @@ class Scorer:
         Raises:
             DataError: the gold batch is empty, or its gradient is NaN or infinite.
         """
-        pairs = [self._encode(g.prompt, g.chosen, g.rejected) for g in gold]
+        pairs = [self.encode(g.prompt, g.chosen, g.rejected) for g in gold]
         adam = self.config.impact.preconditioner == "adam"
-        parts = [[i] for i in range(len(pairs))] if adam else self._batches(pairs)
+        parts = [[i] for i in range(len(pairs))] if adam else self.batches(pairs)
         n_gold = 1 if adam else len(pairs)
 
         def objectives() -> Iterator[torch.Tensor]:
@@ -127,12 +127,15 @@ class Scorer:
             progress: called with (rows done, all rows) of the batches, first with 0.
         """
         progress(0, len(conflicts))
-        pairs = [self._encode(row.prompt, row.chosen, row.rejected) for row in conflicts]
+        pairs = [self.encode(row.prompt, row.chosen, row.rejected) for row in conflicts]
         codes = torch.tensor([losses.CATEGORY_CODES[row.category] for row in conflicts])
-        gamma = self.config.impact.gamma
-        scores = functools.partial(
-            impact.scores_from_derivatives, codes, beta=self.config.beta, gamma=gamma
-        )
+
+        def scores(d_chosen: torch.Tensor, d_rejected: torch.Tensor) -> torch.Tensor:
+            gamma = self.config.impact.gamma
+            return impact.scores_from_derivatives(
+                codes, d_chosen, d_rejected, self.config.beta, gamma
+            )
+
         derive = functools.partial(self._derive, direction=direction, progress=progress)
         if self.method == "ghost" and self.likelihood.pack:
             one, zero = torch.ones(len(pairs)), torch.zeros(len(pairs))
@@ -144,8 +147,9 @@ class Scorer:
             for group, values in zip(groups, derive(groups), strict=True)
             for side, value in zip(group, values, strict=True)
         }
-        found = torch.tensor([[d[_key(s)] for s in pair] for pair in pairs], dtype=torch.float64)
-        return scores(*found.reshape(-1, 2).unbind(1)).tolist()
+        sides = [[d[_key(side)] for side in pair] for pair in pairs]
+        found = torch.tensor(sides, dtype=torch.float64)
+        return scores(found[:, 0], found[:, 1]).tolist()
 
     def _derive(
         self,
@@ -161,7 +165,7 @@ class Scorer:
         found: list[list[float]] = [[] for _ in groups]
         done = 0
         with line.merged():
-            for part in self._batches(groups):
+            for part in self.batches(groups):
                 batch = [groups[i] for i in part]
                 weights = [seed for i in part for seed in seeds[i]] if seeds else None
                 values_at = functools.partial(self._values_at, line, batch, weights)
@@ -190,7 +194,7 @@ class Scorer:
             logps = self.likelihood(batch)
         return logps if weights is None else logps * logps.new_tensor(weights)
 
-    def _encode(self, prompt: Prompt, *responses: str) -> list[Exchange]:
+    def encode(self, prompt: Prompt, *responses: str) -> list[Exchange]:
         """Encode a pair's sides; both get the prompt that is left beside the longer one."""
         limit = self.config.max_length
         sides = [encode_exchange(self.tokenizer, prompt, text, limit) for text in responses]
@@ -200,7 +204,7 @@ class Scorer:
         prompt_ids = min((ids for ids, _, _ in sides), key=len)
         return [(prompt_ids, ids) for _, ids, _ in sides]
 
-    def _batches(self, groups: Sequence[Sequence[Exchange]]) -> list[list[int]]:
+    def batches(self, groups: Sequence[Sequence[Exchange]]) -> list[list[int]]:
         """Cut groups, sorted by length, into batches of ``batch_tokens`` and at most ``LOGITS``."""
         sizes = [len(group[0][0]) + sum(len(response) for _, response in group) for group in groups]
         found: list[list[int]] = []
