@@ -65,12 +65,13 @@ def exact_derivatives(model, direction):
     return derivatives.per_sample_derivatives(logps, trained_parameters(model), direction)
 
 
-def derive(name, model, direction, groups, *, pack, merged=True):
+def derive(name, model, direction, groups, *, pack, merged=True, head=None):
     likelihood, line = Likelihood(model, pack=pack), Line(model, direction)
+    shared = line.head(head) if head else None
 
     def values_at(steps):
         with line.at(steps):
-            return likelihood(groups)
+            return likelihood(groups, shared, steps)
 
     steps = torch.zeros(len(groups), dtype=model.dtype)
     with line.merged() if merged else nullcontext():
@@ -110,6 +111,16 @@ def test_forward_mode_in_padded_batches(base, adapter):
     direction = random_direction(model)
     exact = exact_derivatives(model, direction)
     assert error(derive("jvp", model, direction, SINGLE, pack=False), exact) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "bound"), [("jvp", 1e-6), ("ghost", 1e-6), ("fd", 2e-3)])
+def test_a_common_head_is_exact(base, adapter, name, bound):
+    model = load(base, adapter, attention="eager" if name == "jvp" else "sdpa")
+    direction, start = random_direction(model), [1, 40, 41, 42]
+    groups = [[(start + prompt, response) for prompt, response in g] for g in GROUPS]
+    plain = derive(name, model, direction, groups, pack=True)
+    headed = derive(name, model, direction, groups, pack=True, head=start)
+    assert error(headed, plain) <= bound
 
 
 def test_the_step_is_what_changes_the_weights(base, adapter):

@@ -88,6 +88,33 @@ def test_scores_do_not_depend_on_batch_size_or_order(base, deployed, method):
     assert error(scores(base, deployed, method, rows=reverse, batch_tokens=200)[1], whole) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["jvp", "ghost"])
+def test_a_common_system_message_changes_nothing(base, deployed, method, monkeypatch):
+    system = Message("system", "You answer for a photo editor's help desk.")
+    rows = [
+        TriagedPair(
+            PreferencePair((system, *row.pair.prompt), row.pair.chosen, row.pair.rejected),
+            row.category,
+            VERDICT,
+        )
+        for row in triaged()
+    ]
+    rows += triaged()[:4]  # some without it
+    _, headed = scores(base, deployed, method, rows=rows)
+    monkeypatch.setattr(scorer, "SHORTEST_HEAD", 10**6)
+    assert error(scores(base, deployed, method, rows=rows)[1], headed) < 1e-5
+
+
+def test_the_head_is_what_most_prompts_begin_with(monkeypatch):
+    monkeypatch.setattr(scorer, "SHORTEST_HEAD", 2)
+    prompts = [[1, 2, 3, n] for n in range(10)]
+    assert scorer.common_head(prompts) == [1, 2, 3]
+    assert scorer.common_head([*prompts, [7, 7], [1]]) == [1, 2, 3]
+    assert scorer.common_head([[1, 2, 3]] * 10) == [1, 2]  # the last token predicts
+    assert scorer.common_head(prompts[:4]) == []  # too few to be worth it
+    assert scorer.common_head([]) == []
+
+
 def test_shards_give_the_same_scores(base, deployed):
     config = settings("ghost", workers=2)
     whole, a = scores(base, deployed, "ghost")
@@ -130,9 +157,9 @@ def test_each_distinct_response_is_computed_once(base, monkeypatch):
     computed = []
     evaluate = Likelihood.__call__
 
-    def spy(self, groups):
+    def spy(self, groups, *more):
         computed.append(sum(map(len, groups)))
-        return evaluate(self, groups)
+        return evaluate(self, groups, *more)
 
     monkeypatch.setattr(Likelihood, "__call__", spy)
     found, _ = scores(base, None, "jvp", rows=pairs)

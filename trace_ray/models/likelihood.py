@@ -47,14 +47,32 @@ class Likelihood:
         """
         self.model, self.pack = model.eval(), pack
 
-    def __call__(self, groups: Sequence[Group]) -> torch.Tensor:
-        """Return the log-probabilities [S] of all exchanges of the groups, in order."""
+    def __call__(
+        self, groups: Sequence[Group], head: Head | None = None, steps: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the log-probabilities [S] of all exchanges of the groups, in order.
+
+        Args:
+            groups: exchanges; each group makes a row.
+            head: what ALL their prompts begin with (and go on after), computed before; needs ``pack``.
+            steps: [N], the rows' steps along the head's line.
+        """
+        skip = len(head.ids) if head else 0
+        if skip:
+            groups = [[(prompt[skip:], response) for prompt, response in g] for g in groups]
         batch = pack_groups(groups) if self.pack else _pad(groups)
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         if self.pack:
             # SDPA is silently wrong where an additive mask has another dtype than the queries.
-            batch["attention_mask"] = batch["attention_mask"].to(self.model.dtype)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+            mask = batch["attention_mask"].to(self.model.dtype)
+            batch["attention_mask"] = torch.nn.functional.pad(mask, (skip, 0))
+        inputs: dict[str, Any] = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "position_ids": batch["position_ids"] + skip,
+        }
+        if head is not None and steps is not None:
+            inputs["past_key_values"] = head.cache(steps)
         with _predictions_at(self.model, batch["keep"]):
             logits = self.model(**inputs, use_cache=False).logits
         return logprobs.sequence_logps(logits, batch["labels"], batch["mask"], batch["gather"])
@@ -88,6 +106,32 @@ def _predictions_at(model: PeftModel, places: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A common beginning of prompts (a system message, say), computed once for all rows.
+
+    Its keys and values depend on the row's step, K(t) = K + t dK to first order, so they are kept with
+    their slopes: derivatives through them are as exact as if each row had computed its own.
+    """
+
+    ids: list[int]
+    states: list[tuple[torch.Tensor, torch.Tensor]]
+    """Per layer K and V at theta_ref, [1, heads, tokens, width]."""
+    slopes: list[tuple[torch.Tensor, torch.Tensor]]
+    """Per layer dK/dt and dV/dt."""
+
+    def cache(self, steps: torch.Tensor) -> Any:
+        """Return transformers' cache of the head for rows at ``steps``, [N]."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        t = steps[:, None, None, None]
+        for layer, (at, slope) in enumerate(zip(self.states, self.slopes, strict=True)):
+            key, value = (a + (t * b).to(a.dtype) for a, b in zip(at, slope, strict=True))
+            cache.update(key, value, layer)
+        return cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +169,24 @@ class Line:
                 handle = part.layer.register_forward_hook(_moved(part, steps[:, None, None]))
                 stack.callback(handle.remove)
             yield
+
+    def head(self, ids: list[int]) -> Head:
+        """Compute a common beginning of prompts once, with its derivative along the line."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from transformers import DynamicCache
+
+        def states(step: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            cache = DynamicCache()
+            tokens = torch.tensor([ids], device=step.device)
+            with self.at(step):
+                self.model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
+            return [(layer.keys, layer.values) for layer in cache.layers]  # pyright: ignore[reportReturnType]
+
+        here = torch.zeros(1, device=self.model.device, dtype=self.model.dtype)
+        # Of SDPA's kernels the plain one has a forward-mode rule.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            found, slopes = torch.func.jvp(states, (here,), (torch.ones_like(here),))[:2]
+        return Head(ids, found, slopes)
 
     @contextmanager
     def merged(self) -> Iterator[None]:

@@ -5,12 +5,15 @@ their one prompt: the backward pass is seeded with what each response contribute
 score, so that tokens of both cost once and need no telling apart. ``jvp`` and ``fd`` read a derivative
 per response off one pass, so their rows hold the distinct responses to a prompt, whatever
 conflicts these belong to. In padded batches every distinct response has its own row.
+
+What most prompts begin with (a chat template's system message) is computed once for all.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +26,7 @@ from trace_ray.core.derivatives import Params
 from trace_ray.errors import DataError
 from trace_ray.models.collate import encode_exchange
 from trace_ray.models.families import load_tokenizer
-from trace_ray.models.likelihood import Exchange, Likelihood, Line
+from trace_ray.models.likelihood import Exchange, Head, Likelihood, Line
 from trace_ray.models.packing import can_pack
 from trace_ray.models.policy_model import load_policy_model, trained_parameters
 from trace_ray.types import Category, Prompt, response_id
@@ -36,6 +39,8 @@ LOGITS = 2**26
 """Most logits of one forward pass (256 MiB in float32), whatever the vocabulary."""
 NEIGHBOURS = 8
 """Most responses to one prompt in one row: attention costs the square of a row's tokens."""
+SHORTEST_HEAD, FOLLOWERS = 12, 8
+"""Tokens, and prompts that begin with them, from which on a common beginning is computed apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +169,15 @@ class Scorer:
         length = derivatives.length_of(direction)
         found: list[list[float]] = [[] for _ in groups]
         done = 0
+        common = common_head([group[0][0] for group in groups]) if self.likelihood.pack else []
+        headed = {i for i, group in enumerate(groups) if common and _begins(group[0][0], common)}
         with line.merged():
-            for part in self.batches(groups):
+            head = line.head(common) if headed else None
+            for part in self.batches(groups, headed):
                 batch = [groups[i] for i in part]
                 weights = [seed for i in part for seed in seeds[i]] if seeds else None
-                values_at = functools.partial(self._values_at, line, batch, weights)
+                shared = head if part[0] in headed else None
+                values_at = functools.partial(self._values_at, line, shared, batch, weights)
                 steps = torch.zeros(len(batch), device=self.likelihood.model.device)
                 if self.method == "fd":
                     values = derivatives.fd_derivatives(values_at, steps, length)
@@ -186,12 +195,13 @@ class Scorer:
     def _values_at(
         self,
         line: Line,
+        head: Head | None,
         batch: list[list[Exchange]],
         weights: list[float] | None,
         steps: torch.Tensor,
     ) -> torch.Tensor:
         with line.at(steps):
-            logps = self.likelihood(batch)
+            logps = self.likelihood(batch, head, steps)
         return logps if weights is None else logps * logps.new_tensor(weights)
 
     def encode(self, prompt: Prompt, *responses: str) -> list[Exchange]:
@@ -204,15 +214,21 @@ class Scorer:
         prompt_ids = min((ids for ids, _, _ in sides), key=len)
         return [(prompt_ids, ids) for _, ids, _ in sides]
 
-    def batches(self, groups: Sequence[Sequence[Exchange]]) -> list[list[int]]:
-        """Cut groups, sorted by length, into batches of ``batch_tokens`` and at most ``LOGITS``."""
+    def batches(
+        self, groups: Sequence[Sequence[Exchange]], apart: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Cut groups, sorted by length, into batches of ``batch_tokens`` and at most ``LOGITS``.
+
+        Groups whose places are in ``apart`` are never mixed with the others.
+        """
         sizes = [len(group[0][0]) + sum(len(response) for _, response in group) for group in groups]
         found: list[list[int]] = []
         predicted = 0
-        for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        for i in sorted(range(len(groups)), key=lambda i: (i in apart, -sizes[i])):
             more = sum(len(response) for _, response in groups[i])
             part = found[-1] if found else []
-            fits = part and sizes[part[0]] * (len(part) + 1) <= self.config.impact.batch_tokens
+            alike = part and (part[0] in apart) == (i in apart)
+            fits = alike and sizes[part[0]] * (len(part) + 1) <= self.config.impact.batch_tokens
             if fits and (predicted + more) * self.vocabulary <= LOGITS:
                 part.append(i)
                 predicted += more
@@ -220,6 +236,28 @@ class Scorer:
                 found.append([i])
                 predicted = more
         return found
+
+
+def common_head(prompts: Sequence[list[int]]) -> list[int]:
+    """Return what most prompts begin with, where computing it once saves work; else nothing.
+
+    Follows the commonest next token for as long as at least half of the prompts go along, and stops
+    short of any prompt's last token, which predicts the response.
+    """
+    head: list[int] = []
+    along = [prompt[:-1] for prompt in prompts]
+    while True:
+        at = Counter(prompt[len(head)] for prompt in along if len(prompt) > len(head))
+        token, n = at.most_common(1)[0] if at else (0, 0)
+        if n < max(FOLLOWERS, len(prompts) / 2):
+            break
+        along = [p for p in along if len(p) > len(head) and p[len(head)] == token]
+        head.append(token)
+    return head if len(head) >= SHORTEST_HEAD else []
+
+
+def _begins(prompt: list[int], head: list[int]) -> bool:
+    return len(prompt) > len(head) and prompt[: len(head)] == head
 
 
 def _key(side: Exchange) -> tuple[tuple[int, ...], tuple[int, ...]]:
