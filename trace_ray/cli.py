@@ -106,6 +106,50 @@ def heldout(
         typer.echo(f"{out}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
 
 
+@app.command("score")
+def score_command(
+    model: Annotated[Path, typer.Option(help="Directory of the base model.")],
+    triaged: Annotated[
+        Path, typer.Option(help="jsonl: pair_id, prompt, chosen, rejected, category.")
+    ],
+    gold: Annotated[Path, typer.Option(help="jsonl: prompt, chosen (new policy), rejected.")],
+    out: Annotated[Path, typer.Option(help="jsonl to write: pair_id, raw_score, weight.")],
+    adapter: Annotated[Path | None, typer.Option(help="Directory of the deployed adapter.")] = None,
+    beta: Annotated[float, typer.Option(help="Of the DPO and NPO losses.")] = 0.3,
+    gamma: Annotated[float, typer.Option(help="Damping.")] = 1.0,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Layers, comma-separated [default: q_proj,v_proj]")
+    ] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank [default: 32]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha [default: 16]")] = None,
+    seed: Annotated[int, typer.Option(help="Of a fresh adapter.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of prompt plus response.")] = 512,
+    method: Annotated[str, typer.Option(help="auto, jvp, ghost or fd.")] = "auto",
+    weights: Annotated[str, typer.Option(help="mean (of all is 1) or l1 (sum to 1).")] = "mean",
+    preconditioner: Annotated[str, typer.Option(help="none or adam.")] = "none",
+) -> None:
+    """Score conflicts for one model: impact scores from files, no cluster needed."""
+    with exits_cleanly():
+        from trace_ray.runtime.score_file import score_config, score_files
+
+        targets = lora_targets.split(",") if lora_targets else None
+        shape = {"targets": targets, "r": lora_r, "alpha": lora_alpha}
+        options = {
+            "beta": beta,
+            "seed": seed,
+            "max_length": max_length,
+            "impact.gamma": gamma,
+            "impact.method": method,
+            "impact.weights": weights,
+            "impact.preconditioner": preconditioner,
+        }
+        given = {name: value for name, value in shape.items() if value is not None}
+        config, note = score_config(options, given, adapter)
+        if note:
+            typer.echo(note, err=True)
+        typer.echo(score_files(model, adapter, triaged, gold, out, config))
+
+
 @policy_app.command("check")
 def policy_check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Policy (YAML).")],

@@ -185,16 +185,21 @@ class LoraConfig(Section):
 class ImpactConfig(Section):
     """Alignment impact scores (method: stage 2)."""
 
-    method: Literal["auto", "jvp", "fd"] = "auto"
-    """``jvp``: forward mode, exact; ``fd``: central difference in float32, cheaper; auto = fd."""
+    method: Literal["auto", "jvp", "ghost", "fd"] = "auto"
+    """``ghost``: one batched backward pass, exact; ``jvp``: forward mode, exact, the check of the others;
+    ``fd``: central difference in float32; auto = ghost."""
     gamma: float = Field(default=1.0, gt=0)
     """Damping: the Hessian is taken as gamma * I."""
     gold_batch: int = Field(default=64, ge=3)
     """Pairs in the gold batch (Algorithm 2)."""
     weights: Literal["l1", "mean"] = "mean"
     """``l1``: weights sum to 1 (the paper); ``mean``: their mean is 1."""
-    batch_size: int = Field(default=16, ge=1)
-    """Sequences per forward pass."""
+    batch_tokens: int = Field(default=1024, ge=1)
+    """Tokens per forward pass; a row longer than that is a batch of its own."""
+    preconditioner: Literal["none", "adam"] = "none"
+    """``adam``: g_J is divided by sqrt(v) + 1e-8, v the mean square of the gold pairs' gradients."""
+    workers: int = Field(default=1, ge=1)
+    """Ray tasks that share one model's scoring, each with the model's resources."""
 
 
 class TrainingConfig(Section):

@@ -6,25 +6,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
+from tests.core.tiny import BETA, Setup
+from trace_ray.core.derivatives import per_sample_derivatives
 from trace_ray.core.impact import (
     GoldPair,
-    fd_derivatives,
     gold_batch,
     gold_gradient,
+    gold_moments,
     gold_objective,
-    jvp_derivatives,
-    per_sample_derivatives,
+    precondition,
     scores_from_derivatives,
     weights,
 )
-from trace_ray.core.logprobs import sequence_logps
 from trace_ray.core.losses import INVERT, PUNISH, RETAIN, dpo, npo
 from trace_ray.errors import DataError
 from trace_ray.types import Category, Label, Message, PreferencePair, TriagedPair, Verdict
 
-BETA = 0.3
 VERDICT = Verdict(Label.VIOLATES, 0.9, "judge")
 
 
@@ -96,125 +94,6 @@ def test_no_gold_batch_without_a_compliant_response() -> None:
         gold_objective(torch.zeros(0), torch.zeros(0), BETA)
 
 
-class TinyLM(nn.Module):
-    """Two layers with LoRA factors (A, B) on frozen weights; no attention is needed here."""
-
-    def __init__(self, vocab: int = 13, width: int = 8, rank: int = 2) -> None:
-        super().__init__()
-        self.embed = nn.Parameter(torch.randn(vocab, width), requires_grad=False)
-        self.base = nn.Parameter(torch.randn(2, width, width) / width**0.5, requires_grad=False)
-        self.head = nn.Parameter(torch.randn(vocab, width) / width**0.5, requires_grad=False)
-        self.lora_A = nn.ParameterList(torch.randn(rank, width) for _ in range(2))
-        self.lora_B = nn.ParameterList(torch.zeros(width, rank) for _ in range(2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        steps = torch.arange(1, ids.shape[1] + 1)[:, None]
-        hidden = self.embed[ids].cumsum(1) / steps  # position t sees what came before
-        for base, a, b in zip(self.base, self.lora_A, self.lora_B, strict=True):
-            hidden = hidden + torch.tanh(hidden @ (base + b @ a).T)
-        return hidden @ self.head.T
-
-
-class Setup:
-    """A model, a batch of S sequences and its log-probabilities as a function of the adapter."""
-
-    def __init__(self, dtype: torch.dtype, fresh: bool, s: int = 8, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.model = TinyLM().to(dtype)
-        if not fresh:  # an adapter in production: B is no longer 0
-            for b in self.model.lora_B:
-                nn.init.normal_(b, std=0.2)
-        self.ids = torch.randint(13, (s, 7))
-        self.mask = torch.arange(6) < torch.randint(1, 7, (s, 1))
-        named = self.model.named_parameters()
-        self.params = {name: p for name, p in named if p.requires_grad}
-
-    def logps(self, params: dict[str, Tensor], rows: slice | Tensor = slice(None)) -> Tensor:
-        logits = torch.func.functional_call(self.model, params, (self.ids[rows],))
-        return sequence_logps(logits[:, :-1], self.ids[rows, 1:], self.mask[rows])
-
-    def direction(self) -> dict[str, Tensor]:
-        logps = self.logps(self.params)
-        half = len(logps) // 2
-        return gold_gradient(gold_objective(logps[:half], logps[half:], BETA), self.params)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("fresh", [True, False])
-def test_jvp_is_per_sample_backward(fresh: bool) -> None:
-    setup = Setup(torch.float64, fresh)
-    direction = setup.direction()
-    exact = per_sample_derivatives(setup.logps, setup.params, direction)
-    got = jvp_derivatives(setup.logps, setup.params, direction)
-    assert got.shape == (8,)
-    assert not got.requires_grad
-    assert exact.abs().min() > 0
-    assert relative_error(got, exact) <= 1e-6
-
-
-@pytest.mark.parametrize("fresh", [True, False])
-def test_finite_differences_are_close_in_float32(fresh: bool) -> None:
-    setup = Setup(torch.float32, fresh)
-    direction = setup.direction()
-    exact = jvp_derivatives(setup.logps, setup.params, direction)
-    got = fd_derivatives(setup.logps, setup.params, direction)
-    assert relative_error(got, exact) <= 1e-3
-    larger = {name: 100 * g for name, g in direction.items()}  # the step is eps, whatever |g|
-    again = fd_derivatives(setup.logps, setup.params, larger) / 100
-    assert relative_error(again, exact) <= 1e-3
-
-
-def test_finite_differences_are_of_second_order() -> None:
-    """In float64, where rounding is nothing: half the step, a quarter of the error."""
-    setup = Setup(torch.float64, fresh=False)
-    direction = setup.direction()
-    exact = jvp_derivatives(setup.logps, setup.params, direction)
-    errors = [
-        relative_error(fd_derivatives(setup.logps, setup.params, direction, eps), exact)
-        for eps in (0.02, 0.01)
-    ]
-    assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.01)
-
-
-def test_engines_leave_the_model_alone_and_check_their_input() -> None:
-    setup = Setup(torch.float32, fresh=True)
-    direction = setup.direction()
-    before = {name: p.detach().clone() for name, p in setup.params.items()}
-    zero = {name: torch.zeros_like(g) for name, g in direction.items()}
-    for engine in (jvp_derivatives, fd_derivatives, per_sample_derivatives):
-        assert torch.equal(engine(setup.logps, setup.params, zero), torch.zeros(8))
-        # names, not their order, tie a direction to its parameter
-        reverse = dict(reversed(direction.items()))
-        assert torch.equal(
-            engine(setup.logps, setup.params, reverse), engine(setup.logps, setup.params, direction)
-        )
-        with pytest.raises(ValueError, match="1 names"):
-            engine(setup.logps, setup.params, direction | {"more": torch.zeros(1)})
-    for name, p in setup.params.items():
-        assert torch.equal(p, before[name])
-        assert p.grad is None
-    half = {name: p.bfloat16() for name, p in setup.params.items()}
-    with pytest.raises(ValueError, match="need float32"):
-        fd_derivatives(setup.logps, half, direction)
-
-
-@pytest.mark.parametrize("engine", [jvp_derivatives, fd_derivatives, per_sample_derivatives])
-def test_derivatives_do_not_depend_on_batch_size_or_order(engine: object) -> None:
-    setup = Setup(torch.float64, fresh=False)
-    direction = setup.direction()
-
-    def run(rows: Tensor) -> Tensor:
-        return engine(lambda p: setup.logps(p, rows), setup.params, direction)  # type: ignore[operator]
-
-    whole = run(torch.arange(8))
-    order = torch.randperm(8)
-    parts = torch.cat([run(part) for part in order.split(3)])
-    torch.testing.assert_close(parts, whole[order], rtol=1e-9, atol=1e-9)
-
-
 def test_gold_gradient_is_that_of_the_mean_dpo_loss() -> None:
     """At theta_ref; micro-batches add up to it; a fresh adapter's A has none."""
     setup = Setup(torch.float64, fresh=True)
@@ -244,12 +123,40 @@ def test_gold_gradient_of_an_unused_parameter_is_zero() -> None:
     assert {name: g.tolist() for name, g in got.items()} == {"a": [2.0, 2.0], "b": [0.0, 0.0, 0.0]}
 
 
+def test_moments_and_preconditioning_by_hand() -> None:
+    # Two pairs, gradients (1, 3) and (3, -1): mean (2, 1), mean square (5, 5).
+    theta = torch.zeros(2, requires_grad=True)
+    losses = ((torch.tensor(g) * theta).sum() for g in ([1.0, 3.0], [3.0, -1.0]))
+    g, v = gold_moments(losses, {"w": theta})
+    assert g["w"].tolist() == [2.0, 1.0]
+    assert v["w"].tolist() == [5.0, 5.0]
+    got = precondition({"w": torch.tensor([6.0, 0.0])}, {"w": torch.tensor([4.0, 0.0])}, eps=1.0)
+    assert got["w"].tolist() == [2.0, 0.0]  # 6 / (sqrt(4) + 1); what nothing moves stays 0
+    with pytest.raises(DataError, match="gold batch is empty"):
+        gold_moments(iter([]), {"w": theta})
+
+
+def test_moments_hold_the_gradient_of_the_mean_loss() -> None:
+    setup = Setup(torch.float64, fresh=False)
+
+    def each():
+        for i in range(4):
+            logps = setup.logps(setup.params, torch.tensor([i, i + 4]))
+            yield gold_objective(logps[:1], logps[1:], BETA)
+
+    g, v = gold_moments(each(), setup.params)
+    expected = setup.direction()
+    for name in g:
+        torch.testing.assert_close(g[name], expected[name])
+        assert bool((v[name] >= g[name].square() - 1e-15).all())
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_scores_are_the_inner_products_of_loss_gradients(fresh: bool) -> None:
     """Independent of the derivative shortcut: <g_J, grad of the row's own loss> / gamma."""
     setup = Setup(torch.float64, fresh)
     direction, gamma = setup.direction(), 2.5
-    d = jvp_derivatives(setup.logps, setup.params, direction)
+    d = per_sample_derivatives(setup.logps, setup.params, direction)
     category = torch.tensor([INVERT, PUNISH, RETAIN, INVERT])
     got = scores_from_derivatives(category, d[:4], d[4:], BETA, gamma)
 

@@ -1,14 +1,24 @@
+import math
+
 import pytest
 import torch
 
-from trace_ray.config import ImpactConfig, LoraConfig, TrainingConfig
-from trace_ray.core import impact
-from trace_ray.models.policy_model import load_policy_model, trained_parameters
-from trace_ray.runtime.score import _Likelihood, score_conflicts
+from trace_ray.config import ImpactConfig, LoraConfig, Resources, TrainingConfig
+from trace_ray.errors import DataError
+from trace_ray.models import scorer
+from trace_ray.runtime.cluster import connected
+from trace_ray.runtime.score import (
+    Scoring,
+    conflicts_of,
+    score_conflicts,
+    score_on_cluster,
+    shard,
+)
 from trace_ray.testing import tiny_adapter, tiny_model
 from trace_ray.types import Category, Label, Message, PreferencePair, TriagedPair, Verdict
 
 LORA = LoraConfig(r=8, alpha=16, dropout=0, targets=["q_proj", "v_proj"])
+VERDICT = Verdict(Label.VIOLATES, 1.0, "test")
 WORDS = ["reset", "billing", "shared", "folder", "invoice", "export", "login", "sync", "draft"]
 
 
@@ -23,70 +33,168 @@ def deployed(base, tmp_path_factory):
 
 
 def triaged():
-    verdict = Verdict(Label.VIOLATES, 1.0, "test")
     kinds = [Category.INVERT, Category.PUNISH, Category.RETAIN, Category.INVERT, Category.RETAIN]
     return [
         TriagedPair(
             PreferencePair((Message("user", f"{a} {b}?"),), f"no {a}", f"yes {b} {a}"),
             kinds[(i * j) % 5],
-            verdict,
+            VERDICT,
         )
         for i, a in enumerate(WORDS)
         for j, b in enumerate(WORDS[:3])
     ]
 
 
-def scores(base, adapter, method, **changes):
-    config = TrainingConfig(
-        lora=LORA, impact=ImpactConfig(method=method, gold_batch=9, **changes), beta=0.3
-    )
-    found = score_conflicts(base, adapter, triaged(), config, num_threads=1)
-    return found, torch.tensor([score.raw for score in found.scores])
+def settings(method, **changes):
+    impact = ImpactConfig(method=method, gold_batch=9, **changes)
+    return TrainingConfig(lora=LORA, impact=impact, beta=0.3)
+
+
+def scores(base, adapter, method, rows=None, **changes):
+    rows = triaged() if rows is None else rows
+    found = score_conflicts(base, adapter, rows, settings(method, **changes), num_threads=1)
+    return found, by_id(found)
+
+
+def by_id(summary):
+    """Raw scores by pair, whatever the order of the rows."""
+    return torch.tensor([score.raw for score in sorted(summary.scores, key=lambda s: s.pair_id)])
+
+
+def error(got, expected):
+    return float((got - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
-def test_jvp_equals_per_sample_backward_in_float64(base, deployed, with_adapter):
+def test_the_engines_agree(base, deployed, with_adapter, monkeypatch):
     adapter = deployed if with_adapter else None
-    model = load_policy_model(
-        base, adapter, LORA, seed=0, attention="eager", dtype="float64"
-    ).eval()
-    model.double()
-    likelihood = _Likelihood(model, pack=True)
-    params = trained_parameters(model)
-    generator = torch.Generator().manual_seed(0)
-    direction = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        for name, p in params.items()
-    }
-    sequences = [([1, 11, 12], [13, 14]), ([1, 11, 12], [15]), ([1, 16], [17, 18, 19])]
-
-    def logps(at):
-        return likelihood(sequences, at)
-
-    fast = impact.jvp_derivatives(logps, params, direction)
-    slow = impact.per_sample_derivatives(logps, params, direction)
-    # token_logps keeps float64; the float32 mask holds only 0 and a value that vanishes.
-    assert fast.dtype == torch.float64
-    assert float((fast - slow).norm() / slow.norm()) <= 1e-6
-
-
-@pytest.mark.parametrize("with_adapter", [True, False])
-def test_finite_differences_agree_with_jvp(base, deployed, with_adapter):
-    adapter = deployed if with_adapter else None
-    (exact, a), (_, b) = (scores(base, adapter, method) for method in ("jvp", "fd"))
-    assert float((a - b).norm() / a.norm()) < 5e-3
+    exact, a = scores(base, adapter, "jvp")
     assert exact.method == "jvp"
     kinds = {row.pair_id: row.category for row in triaged()}
     assert all(kinds[s.pair_id] in (Category.INVERT, Category.PUNISH) for s in exact.scores)
     assert sum(s.weight for s in exact.scores) / len(exact.scores) == pytest.approx(1)
+    assert error(scores(base, adapter, "ghost")[1], a) < 1e-5
+    assert error(scores(base, adapter, "fd")[1], a) < 5e-3
+    monkeypatch.setattr(scorer, "can_pack", lambda *_: False)
+    assert error(scores(base, adapter, "ghost")[1], a) < 1e-5
+    assert error(scores(base, adapter, "jvp")[1], a) < 1e-5
 
 
-def test_scores_do_not_depend_on_the_batch_size(base, deployed):
-    (_, a), (_, b) = (scores(base, deployed, "jvp", batch_size=size) for size in (2, 64))
-    assert float((a - b).norm() / a.norm()) < 1e-4
+@pytest.mark.parametrize("method", ["jvp", "ghost"])
+def test_scores_do_not_depend_on_batch_size_or_order(base, deployed, method):
+    _, whole = scores(base, deployed, method, batch_tokens=4096)
+    assert error(scores(base, deployed, method, batch_tokens=1)[1], whole) < 1e-5
+    reverse = triaged()[::-1]
+    assert error(scores(base, deployed, method, rows=reverse, batch_tokens=200)[1], whole) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["jvp", "ghost"])
+def test_a_common_system_message_changes_nothing(base, deployed, method, monkeypatch):
+    system = Message("system", "You answer for a photo editor's help desk.")
+    rows = [
+        TriagedPair(
+            PreferencePair((system, *row.pair.prompt), row.pair.chosen, row.pair.rejected),
+            row.category,
+            VERDICT,
+        )
+        for row in triaged()
+    ]
+    rows += triaged()[:4]  # some without it
+    _, headed = scores(base, deployed, method, rows=rows)
+    monkeypatch.setattr(scorer, "SHORTEST_HEAD", 10**6)
+    assert error(scores(base, deployed, method, rows=rows)[1], headed) < 1e-5
+
+
+def test_the_head_is_what_most_prompts_begin_with(monkeypatch):
+    monkeypatch.setattr(scorer, "SHORTEST_HEAD", 2)
+    prompts = [[1, 2, 3, n] for n in range(10)]
+    assert scorer.common_head(prompts) == [1, 2, 3]
+    assert scorer.common_head([*prompts, [7, 7], [1]]) == [1, 2, 3]
+    assert scorer.common_head([[1, 2, 3]] * 10) == [1, 2]  # the last token predicts
+    assert scorer.common_head(prompts[:4]) == []  # too few to be worth it
+    assert scorer.common_head([]) == []
+
+
+def test_shards_give_the_same_scores(base, deployed):
+    config = settings("ghost", workers=2)
+    whole, a = scores(base, deployed, "ghost")
+    seen = []
+    with connected():
+        resources = Resources(num_cpus=1)
+        scoring = Scoring(base, deployed, config, num_threads=1)
+        split = score_on_cluster(scoring, triaged(), resources, lambda *at: seen.append(at))
+    assert [s.pair_id for s in split.scores] == [s.pair_id for s in whole.scores]
+    assert error(by_id(split), a) < 1e-5
+    assert split.effective_sample_size == pytest.approx(whole.effective_sample_size, rel=1e-4)
+    assert split.gold == whole.gold
+    assert seen[-1] == (len(split.scores), len(split.scores))
+
+
+def test_shards_hold_each_row_once_and_a_prompt_together():
+    rows = conflicts_of(triaged())
+    rows += [c for c in rows[:3]]  # prompts that come twice
+    for workers in (1, 2, 5, 1000):
+        shards = shard(rows, workers)
+        assert sorted(i for part in shards for i in part) == list(range(len(rows)))
+        assert all(shards)
+        homes = [{rows[i].prompt for i in part} for part in shards]
+        assert sum(map(len, homes)) == len(set().union(*homes))
+    assert shard([], 3) == []
+
+
+def test_each_distinct_response_is_computed_once(base, monkeypatch):
+    """``fd`` and ``jvp`` put a prompt's responses in one row, whatever pairs they stand in."""
+    from trace_ray.models.likelihood import Likelihood
+
+    prompt = (Message("user", "reset?"),)
+    texts = ["no", "yes", "perhaps"]
+    pairs = [
+        TriagedPair(PreferencePair(prompt, a, b), Category.INVERT, VERDICT)
+        for a in texts
+        for b in texts
+        if a != b
+    ]
+    computed = []
+    evaluate = Likelihood.__call__
+
+    def spy(self, groups, *more):
+        computed.append(sum(map(len, groups)))
+        return evaluate(self, groups, *more)
+
+    monkeypatch.setattr(Likelihood, "__call__", spy)
+    found, _ = scores(base, None, "jvp", rows=pairs)
+    assert len(found.scores) == 6
+    assert computed[-1] == 3  # those before are the gold batch
 
 
 def test_the_gold_batch_is_seeded(base):
-    (one, _), (two, _) = (scores(base, None, "fd") for _ in range(2))
+    (one, _), (two, _) = (scores(base, None, "ghost") for _ in range(2))
     assert one.gold == two.gold
     assert len(one.gold) == 9
+
+
+def test_no_conflicts_need_no_gold_and_no_model():
+    rows = [row for row in triaged() if row.category is Category.RETAIN]
+    found, _ = scores("nowhere", None, "ghost", rows=rows)
+    assert (found.scores, found.share_clamped) == ([], 0)
+
+
+def test_conflicts_without_a_gold_pair_are_refused(base):
+    rows = [row for row in triaged() if row.category is Category.PUNISH]
+    with pytest.raises(DataError, match=r"gold batch is empty.*no_impact"):
+        scores(base, None, "ghost", rows=rows)
+
+
+def test_a_score_that_is_not_finite_names_its_pair(base, monkeypatch):
+    monkeypatch.setattr(scorer.Scorer, "raw_scores", lambda _self, rows, *_: [math.nan] * len(rows))
+    first = conflicts_of(triaged())[0].pair_id
+    with pytest.raises(DataError, match=f"NaN or infinite, the first for pairs {first}"):
+        scores(base, None, "ghost")
+
+
+def test_adam_does_not_depend_on_the_batch(base, deployed):
+    _, a = scores(base, deployed, "ghost", preconditioner="adam", batch_tokens=4096)
+    _, b = scores(base, deployed, "ghost", preconditioner="adam", batch_tokens=1)
+    _, plain = scores(base, deployed, "ghost")
+    assert error(a, b) < 1e-4
+    assert error(a, plain) > 0.1

@@ -7,15 +7,12 @@ that a row needs is one number per distinct response, its directional derivative
 
     d(y) = <g_J, grad log pi(y|x)>
 
-Three engines compute d for a batch of S sequences. They know nothing of the model: they take
-``logps_fn(params) -> [S]``, the sequence log-probabilities as a function of the trainable
-parameters by name (with dropout off), and ``direction``, g_J under the same names.
+``core.derivatives`` has the engines that compute it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,12 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trace_ray.core.derivatives import Params
 from trace_ray.core.losses import INVERT, PUNISH
 from trace_ray.errors import DataError
 from trace_ray.types import Category, Prompt, TriagedPair, prompt_from_rows
-
-Params = dict[str, Tensor]
-LogpsFn = Callable[[Params], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +97,19 @@ def gold_batch(triaged: Sequence[TriagedPair], size: int, seed: int) -> list[Gol
     return gold
 
 
+def check_gold(n: int) -> None:
+    """Refuse a gold batch of ``n`` = 0 pairs.
+
+    Raises:
+        DataError: says what to do.
+    """
+    if n < 1:
+        raise DataError(
+            "the gold batch is empty: no RETAIN or INVERT pair shows what the policy wants; add "
+            "pairs with a response that complies, or set training.objective to no_impact"
+        )
+
+
 def gold_objective(
     logps_preferred: Tensor, logps_other: Tensor, beta: float, n_gold: int | None = None
 ) -> Tensor:
@@ -122,10 +130,7 @@ def gold_objective(
         DataError: there is no gold pair.
     """
     n = len(logps_preferred) if n_gold is None else n_gold
-    if n < 1:
-        raise DataError(
-            "the gold batch is empty: no RETAIN or INVERT pair shows what the policy wants"
-        )
+    check_gold(n)
     return -(beta / 2) * (logps_preferred - logps_other).sum() / n
 
 
@@ -147,81 +152,46 @@ def gold_gradient(losses: Tensor | Iterable[Tensor], params: Params) -> Params:
     return total
 
 
-def jvp_derivatives(logps_fn: LogpsFn, params: Params, direction: Params) -> Tensor:
-    """Return d(y) of every sequence by forward-mode differentiation: exact, in one pass.
+def gold_moments(losses: Iterable[Tensor], params: Params) -> tuple[Params, Params]:
+    """Return g_J and v, the mean and the mean square of the gold pairs' gradients.
 
-    Needs operations with a forward-mode rule (attention: ``eager``; SDPA on the CPU has none).
+        g_J = (1/n) sum_i g_i,   v = (1/n) sum_i g_i^2 (elementwise)
 
-    Args:
-        logps_fn: maps parameters to sequence log-probabilities, [S].
-        params: where to differentiate (theta_ref).
-        direction: g_J, same names and shapes.
-
-    Returns:
-        [S], detached, in the dtype of the log-probabilities.
-    """
-    params, direction = _aligned(params, direction)
-    with torch.no_grad():
-        derivatives: Tensor = torch.func.jvp(logps_fn, (params,), (direction,))[1]
-    return derivatives.detach()
-
-
-def fd_derivatives(
-    logps_fn: LogpsFn, params: Params, direction: Params, eps: float = 0.01
-) -> Tensor:
-    """Return d(y) of every sequence by a central difference: two plain forward passes.
-
-        d(y) ~ |g| [log pi_{+}(y) - log pi_{-}(y)] / (2 eps),   theta_{+-} = theta +- eps g / |g|
+    v is what Adam's bias-corrected second moment tends to when the pairs stream past at a fixed
+    theta; one gradient per pair, so it does not depend on any batch size.
 
     Args:
-        logps_fn: maps parameters to sequence log-probabilities, [S], computed in float32 or
-            better (in bfloat16 the difference is noise).
-        params: where to differentiate (theta_ref).
-        direction: g, same names and shapes.
-        eps: length of the step in parameter space.
-
-    Returns:
-        [S], detached; all 0 for a zero direction.
+        losses: the ``gold_objective`` of each pair by itself, one by one.
+        params: as for ``gold_gradient``.
 
     Raises:
-        ValueError: a parameter has less precision than float32.
+        DataError: there is no gold pair.
     """
-    params, direction = _aligned(params, direction)
-    low = [name for name, p in params.items() if p.dtype not in (torch.float32, torch.float64)]
-    if low:
-        raise ValueError(f"finite differences need float32 parameters; {low[0]} has less")
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in direction.values()))
-    step = eps / norm if norm > 0 else 0.0
-    with torch.no_grad():
-        above = logps_fn({name: p + step * direction[name] for name, p in params.items()})
-        below = logps_fn({name: p - step * direction[name] for name, p in params.items()})
-    return (above - below) * (norm / (2 * eps))
+    first = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    second = {name: g.clone() for name, g in first.items()}
+    n = 0
+    for loss in losses:
+        n += 1
+        for name, grad in gold_gradient(loss, params).items():
+            first[name] += grad
+            second[name] += grad.square()
+    check_gold(n)
+    return {k: g / n for k, g in first.items()}, {k: v / n for k, v in second.items()}
 
 
-def per_sample_derivatives(logps_fn: LogpsFn, params: Params, direction: Params) -> Tensor:
-    """Return d(y) of every sequence by one backward pass each: slow, the check of the others.
+def precondition(direction: Params, second_moment: Params, eps: float = 1e-8) -> Params:
+    """Return P g_J with Adam's diagonal P = 1 / (sqrt(v) + eps): the step Adam would take.
+
+    LESS (arXiv 2402.04333, section 3.1) scales influence scores like this, with v of the training
+    run's optimizer. At theta_ref there is no run yet: v is that of ``gold_moments``. The score is
+    then <P g_J, g> = <g_J, P g>, since P is symmetric.
 
     Args:
-        logps_fn: maps parameters to sequence log-probabilities, [S].
-        params: where to differentiate (theta_ref).
-        direction: g_J, same names and shapes.
-
-    Returns:
-        [S], detached.
+        direction: g_J.
+        second_moment: v >= 0, same names and shapes.
+        eps: Adam's; an entry that no gold pair moves (g_J = v = 0) stays 0.
     """
-    params, direction = _aligned(params, direction)
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    with torch.enable_grad():
-        logps = logps_fn(leaves)
-    derivatives = torch.zeros_like(logps, requires_grad=False)
-    for s in range(len(logps)):
-        grads = torch.autograd.grad(
-            logps[s], list(leaves.values()), retain_graph=True, allow_unused=True
-        )
-        for grad, g in zip(grads, direction.values(), strict=True):
-            if grad is not None:
-                derivatives[s] += (grad * g).sum()
-    return derivatives
+    return {name: g / (second_moment[name].sqrt() + eps) for name, g in direction.items()}
 
 
 def scores_from_derivatives(
@@ -291,12 +261,3 @@ def weights(raw: Tensor, mode: Literal["l1", "mean"]) -> WeightSummary:
     shares = shares / shares.sum()
     size = 1.0 / float(shares.square().sum())
     return WeightSummary(shares if mode == "l1" else shares * n, share_clamped, size, fallback)
-
-
-def _aligned(params: Params, direction: Params) -> tuple[Params, Params]:
-    """Return detached parameters and direction in one order of names."""
-    if params.keys() != direction.keys():
-        odd = sorted(params.keys() ^ direction.keys())
-        raise ValueError(f"params and direction differ in {len(odd)} names, e.g. {odd[0]!r}")
-    points = {name: p.detach() for name, p in params.items()}
-    return points, {name: direction[name].detach().to(p.dtype) for name, p in points.items()}

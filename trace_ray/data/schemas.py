@@ -118,6 +118,15 @@ def gold_row(row: Mapping[str, Any], source: str) -> tuple[str, Category]:
     return _text(row, "pair_id"), _category(row, "category")
 
 
+def triaged_row(row: Mapping[str, Any], source: str) -> tuple[str, PreferencePair, Category]:
+    """Read ``{pair_id, prompt, chosen, rejected, category}``; the category in upper or lower case."""
+    pair_id, name = _text(row, "pair_id"), _text(row, "category")
+    if name.lower() not in list(Category):
+        allowed = ", ".join(Category)
+        raise FieldError("category", f"must be one of {allowed} (got {name!r})")
+    return pair_id, pair_row(row, source), Category(name.lower())
+
+
 def read_prompt(row: Mapping[str, Any], name: str) -> Prompt:
     """Read a prompt: a text (one user message) or chat messages that end with the user's."""
     value = _present(row, name)

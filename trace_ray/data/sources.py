@@ -24,8 +24,10 @@ from trace_ray.data.schemas import (
     eval_row,
     gold_row,
     label_row,
+    pair_row,
     prompt_row,
     reply_row,
+    triaged_row,
 )
 from trace_ray.errors import DataError
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, PreferencePair, Prompt
@@ -199,6 +201,16 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def read_gold(path: str | Path) -> dict[str, Category]:
     """Read jsonl of ``{pair_id, category}``; DataError lists every bad line."""
     return dict(record for record, _ in _read_all(path, gold_row))
+
+
+def read_categorised(path: str | Path) -> list[tuple[str, PreferencePair, Category]]:
+    """Read rows of ``{pair_id, prompt, chosen, rejected, category}``; DataError lists every bad line."""
+    return [record for record, _ in _read_all(path, triaged_row)]
+
+
+def read_preferences(path: str | Path) -> list[PreferencePair]:
+    """Read rows of ``{prompt, chosen, rejected}``; DataError lists every bad line."""
+    return [record for record, _ in _read_all(path, pair_row)]
 
 
 def _read_all(path: str | Path, read: Callable[[Mapping[str, Any], str], T]) -> list[tuple[T, str]]:

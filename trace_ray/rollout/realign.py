@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
@@ -22,7 +23,7 @@ from trace_ray.runtime.judge import read_triaged
 from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.registry import AdapterRecord
-from trace_ray.runtime.score import ScoreSummary, score_conflicts
+from trace_ray.runtime.score import ScoreSummary, Scoring, score_conflicts, score_on_cluster
 from trace_ray.runtime.store import StageResult, read_rows, write_json, write_rows
 from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, train
 from trace_ray.types import Category, content_digest
@@ -111,7 +112,7 @@ def realign(job: ModelJob) -> dict[str, Any]:
 def _score(job: ModelJob) -> StageResult:
     training = job.model.training
     key = job.key(
-        impact=training.impact.model_dump(mode="json", exclude={"batch_size"}),
+        impact=training.impact.model_dump(mode="json", exclude={"batch_tokens", "workers"}),
         beta=training.beta,
         lora=training.lora.model_dump(mode="json"),
         max_length=training.max_length,
@@ -120,9 +121,20 @@ def _score(job: ModelJob) -> StageResult:
 
     def work(out: Path) -> None:
         job.reporter("score")
-        run_alone(job.model.resources, _score_worker, job, str(out))
+        if training.impact.workers > 1:
+            _score_in_shards(job, out)
+        else:
+            run_alone(job.model.resources, _score_worker, job, str(out))
 
     return job.inputs.store.stage("scores", key, work)
+
+
+def _score_in_shards(job: ModelJob, out: Path) -> None:
+    triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
+    resources = job.model.resources
+    scoring = Scoring(job.base_dir, job.deployed_dir, job.model.training, resources.n_threads)
+    progress = functools.partial(job.reporter, "score")
+    _write_scores(out, score_on_cluster(scoring, triaged, resources, progress))
 
 
 def _score_worker(job: ModelJob, out: str) -> None:
@@ -133,24 +145,14 @@ def _score_worker(job: ModelJob, out: str) -> None:
         triaged,
         job.model.training,
         num_threads=job.model.resources.n_threads,
-        progress=lambda done, total: job.reporter("score", done, total),
+        progress=functools.partial(job.reporter, "score"),
     )
     _write_scores(Path(out), summary)
 
 
 def _write_scores(out: Path, summary: ScoreSummary) -> None:
     write_json(out / "scores.json", [score.to_row() for score in summary.scores])
-    gold = [
-        {
-            "pair_id": pair.pair_id,
-            "kind": str(pair.kind),
-            "prompt": [turn.to_row() for turn in pair.prompt],
-            "chosen": pair.chosen,
-            "rejected": pair.rejected,
-        }
-        for pair in summary.gold
-    ]
-    write_json(out / "gold_batch.json", gold)
+    write_json(out / "gold_batch.json", [pair.to_row() for pair in summary.gold])
     write_json(
         out / "summary.json",
         {

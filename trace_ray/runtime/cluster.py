@@ -64,12 +64,17 @@ def run_alone(resources: Resources, function: Callable[..., Any], *args: Any) ->
     Raises:
         TraceRayError: ours from the function as it is; anything else with its last line.
     """
+    return result(start_alone(resources, function, *args))
+
+
+def start_alone(resources: Resources, function: Callable[..., Any], *args: Any) -> Any:
+    """Start ``function`` like ``run_alone`` and return the reference to its result."""
     import ray
 
     task = ray.remote(
         num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=1, max_calls=1
     )(function)
-    return result(task.remote(*args))
+    return task.remote(*args)
 
 
 def result(reference: Any) -> Any:

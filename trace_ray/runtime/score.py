@@ -1,21 +1,21 @@
-"""Impact scores of one model over a triaged set: a Ray task around ``core.impact``."""
+"""Impact scores of one model over a triaged set, in one process or in shards on the cluster."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trace_ray.config import TrainingConfig
-from trace_ray.types import Category, ImpactScore, Prompt, TriagedPair
+from trace_ray.config import ImpactConfig, Resources, TrainingConfig
+from trace_ray.errors import DataError
+from trace_ray.types import Category, ImpactScore, TriagedPair
 
 if TYPE_CHECKING:
-    import torch
-
+    from trace_ray.core.derivatives import Params
     from trace_ray.core.impact import GoldPair
+    from trace_ray.models.scorer import Conflict, Scorer
 
-Sequences = list[tuple[list[int], list[int]]]
 Progress = Callable[[int, int], None]
 
 
@@ -29,179 +29,192 @@ class ScoreSummary:
     """Share of conflicts whose raw score was not positive: they get no weight."""
     effective_sample_size: float
     uniform_fallback: bool
-    """True where no score was positive, so that all weights are 1."""
+    """True where no score was positive, so that all weights are alike."""
     method: str
     truncated: int
-    """Responses cut to ``max_length``."""
+    """Distinct responses, of conflicts and gold pairs, cut to ``max_length``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """One model and how to score it (plain data: it travels to workers)."""
+
+    base: str
+    """Directory of the base model."""
+    adapter: str | None
+    """Directory of the deployed adapter, or None."""
+    config: TrainingConfig
+    """The model's training section."""
+    num_threads: int | None = None
+    """torch threads; None leaves torch's choice."""
+
+    def load(self) -> Scorer:
+        """Return the loaded model."""
+        import torch
+
+        from trace_ray.models.scorer import Scorer
+
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        return Scorer(self.base, self.adapter, self.config)
 
 
 def score_conflicts(
     base: str,
     adapter: str | None,
-    triaged: list[TriagedPair],
+    triaged: Sequence[TriagedPair],
     config: TrainingConfig,
     *,
-    num_threads: int,
+    num_threads: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> ScoreSummary:
-    """Score every INVERT and PUNISH row for one model (method: stage 2).
+    """Score every INVERT and PUNISH row for one model in this process (method: stage 2).
 
     Args:
         base: directory of the base model.
         adapter: directory of the deployed adapter, or None.
         triaged: all rows; RETAIN rows only feed the gold batch.
         config: the model's training section.
-        num_threads: torch threads.
-        progress: called with (sequences done, all sequences).
+        num_threads: torch threads; None leaves torch's choice.
+        progress: called with (rows done, all rows).
+
+    Raises:
+        DataError: there are conflicts but no gold pair, or a score is NaN or infinite.
     """
+    scoring = Scoring(base, adapter, config, num_threads)
+    return score_against(scoring, conflicts_of(triaged), gold_of(triaged, config), progress)
+
+
+def score_against(
+    scoring: Scoring,
+    conflicts: Sequence[Conflict],
+    gold: Sequence[GoldPair],
+    progress: Progress = lambda done, total: None,
+) -> ScoreSummary:
+    """Score conflicts in this process against a gold batch that is given."""
+    settings = scoring.config.impact
+    if not conflicts:
+        return _summary(conflicts, gold, [], set(), settings)
+    scorer = scoring.load()
+    direction = scorer.direction(gold)
+    raw = scorer.raw_scores(conflicts, direction, progress)
+    return _summary(conflicts, gold, raw, scorer.truncated, settings)
+
+
+def score_on_cluster(
+    scoring: Scoring,
+    triaged: Sequence[TriagedPair],
+    resources: Resources,
+    progress: Progress = lambda done, total: None,
+) -> ScoreSummary:
+    """Score like ``score_conflicts``, in ``impact.workers`` Ray tasks that hold ``resources`` each.
+
+    A first task computes g_J; then each worker scores its shard along it.
+
+    Args:
+        scoring: the model.
+        triaged: all rows.
+        resources: of each task; tasks that find no room wait for their turn.
+        progress: called with (conflicts done, all conflicts).
+
+    Raises:
+        DataError: as ``score_conflicts``.
+    """
+    import ray
+
+    from trace_ray.runtime.cluster import result, run_alone, start_alone
+
+    conflicts, gold = conflicts_of(triaged), gold_of(triaged, scoring.config)
+    if not conflicts:
+        return _summary(conflicts, gold, [], set(), scoring.config.impact)
+    direction, truncated = run_alone(resources, _direction_task, scoring, gold)
+    shared = ray.put(direction)
+    shards = shard(conflicts, scoring.config.impact.workers)
+    tasks = [
+        start_alone(resources, _shard_task, scoring, [conflicts[i] for i in places], shared)
+        for places in shards
+    ]
+    raw = [math.nan] * len(conflicts)
+    done = 0
+    for places, task in zip(shards, tasks, strict=True):
+        values, cut = result(task)
+        truncated |= cut
+        for i, value in zip(places, values, strict=True):
+            raw[i] = value
+        done += len(places)
+        progress(done, len(conflicts))
+    return _summary(conflicts, gold, raw, truncated, scoring.config.impact)
+
+
+def _direction_task(scoring: Scoring, gold: Sequence[GoldPair]) -> tuple[Params, set[str]]:
+    scorer = scoring.load()
+    return {name: g.cpu() for name, g in scorer.direction(gold).items()}, scorer.truncated
+
+
+def _shard_task(
+    scoring: Scoring, conflicts: Sequence[Conflict], direction: Params
+) -> tuple[list[float], set[str]]:
+    scorer = scoring.load()
+    return scorer.raw_scores(conflicts, direction), scorer.truncated
+
+
+def conflicts_of(triaged: Sequence[TriagedPair]) -> list[Conflict]:
+    """Return the rows that get a score, in order."""
+    from trace_ray.models.scorer import Conflict
+
+    return [
+        Conflict(row.pair_id, row.pair.prompt, row.pair.chosen, row.pair.rejected, row.category)
+        for row in triaged
+        if row.category in (Category.INVERT, Category.PUNISH)
+    ]
+
+
+def gold_of(triaged: Sequence[TriagedPair], config: TrainingConfig) -> list[GoldPair]:
+    """Return the gold batch that ``config`` asks for."""
+    from trace_ray.core.impact import gold_batch
+
+    return gold_batch(triaged, config.impact.gold_batch, config.seed)
+
+
+def shard(conflicts: Sequence[Conflict], workers: int) -> list[list[int]]:
+    """Deal the conflicts' places out, all rows of a prompt to one worker; no shard is empty."""
+    turns = {prompt: n for n, prompt in enumerate(dict.fromkeys(row.prompt for row in conflicts))}
+    shards: list[list[int]] = [[] for _ in range(min(workers, len(turns)))]
+    for i, row in enumerate(conflicts):
+        shards[turns[row.prompt] % len(shards)].append(i)
+    return shards
+
+
+def _summary(
+    conflicts: Sequence[Conflict],
+    gold: Sequence[GoldPair],
+    raw: Sequence[float],
+    truncated: set[str],
+    settings: ImpactConfig,
+) -> ScoreSummary:
+    """Turn the raw scores of ALL conflicts into weights."""
     import torch
 
-    from trace_ray.core import impact, losses
-    from trace_ray.models.families import load_tokenizer
-    from trace_ray.models.packing import can_pack
-    from trace_ray.models.policy_model import load_policy_model, trained_parameters
+    from trace_ray.core.impact import weights
+    from trace_ray.models.scorer import chosen_method
 
-    torch.set_num_threads(num_threads)
-    settings = config.impact
-    method = "fd" if settings.method == "auto" else settings.method
-    attention = "eager" if method == "jvp" else "sdpa"
-    model = load_policy_model(base, adapter, config.lora, seed=config.seed, attention=attention)
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    likelihood = _Likelihood(model, pack=can_pack(model.config, config.max_length))
-    encoder = _Encoder(load_tokenizer(base), config.max_length)
-    params = trained_parameters(model)
-    gold = impact.gold_batch(triaged, settings.gold_batch, config.seed)
-    direction = _gold_gradient(likelihood, params, encoder, gold, config)
-
-    conflicts = [row for row in triaged if row.category in (Category.INVERT, Category.PUNISH)]
-    engine = {"jvp": impact.jvp_derivatives, "fd": impact.fd_derivatives}[method]
-    derive = functools.partial(
-        likelihood.derivatives,
-        engine,
-        params,
-        direction,
-        batch_size=settings.batch_size,
-        progress=progress,
-    )
-    d_chosen, d_rejected = _sides(conflicts, encoder, derive)
-    codes = torch.tensor([losses.CATEGORY_CODES[row.category] for row in conflicts])
-    raw = impact.scores_from_derivatives(codes, d_chosen, d_rejected, config.beta, settings.gamma)
-    summary = impact.weights(raw, settings.weights)
+    bad = [c.pair_id for c, score in zip(conflicts, raw, strict=True) if not math.isfinite(score)]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(raw)} impact scores are NaN or infinite, the first for pairs "
+            f"{', '.join(bad[:5])}: look at these rows, and at the model's weights and deployed adapter"
+        )
+    found = weights(torch.tensor(list(raw), dtype=torch.float64), settings.weights)
     scores = [
         ImpactScore(row.pair_id, float(value), float(weight))
-        for row, value, weight in zip(conflicts, raw, summary.weights, strict=True)
+        for row, value, weight in zip(conflicts, raw, found.weights, strict=True)
     ]
     return ScoreSummary(
         scores,
-        gold,
-        summary.share_clamped,
-        summary.effective_sample_size,
-        summary.fallback_uniform,
-        method,
-        encoder.truncated,
+        list(gold),
+        found.share_clamped,
+        found.effective_sample_size,
+        found.fallback_uniform,
+        chosen_method(settings),
+        len(truncated),
     )
-
-
-class _Encoder:
-    """Tokenises exchanges and counts those that were cut."""
-
-    def __init__(self, tokenizer: Any, max_length: int):
-        self.tokenizer, self.max_length, self.truncated = tokenizer, max_length, 0
-
-    def __call__(self, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
-        from trace_ray.models.collate import encode_exchange
-
-        prompt_ids, ids, cut = encode_exchange(self.tokenizer, prompt, response, self.max_length)
-        self.truncated += cut
-        return prompt_ids, ids
-
-
-def _sides(
-    conflicts: list[TriagedPair], encoder: _Encoder, derive: Callable[[Sequences], list[float]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return d(y_w) and d(y_l) of every conflict, [N] float64; each distinct response once."""
-    import torch
-
-    sides = [
-        (row.pair.prompt, text)
-        for row in conflicts
-        for text in (row.pair.chosen, row.pair.rejected)
-    ]
-    distinct = list(dict.fromkeys(sides))
-    found = dict(zip(distinct, derive([encoder(*side) for side in distinct]), strict=True))
-    values = torch.tensor([found[side] for side in sides], dtype=torch.float64).reshape(-1, 2)
-    return values[:, 0], values[:, 1]
-
-
-class _Likelihood:
-    """log pi(y|x) of encoded exchanges under one model, at its own or at other parameters."""
-
-    def __init__(self, model: Any, *, pack: bool):
-        self.model, self.pack = model, pack
-
-    def __call__(
-        self, sequences: Sequences, params: dict[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """Return the log-probabilities [S] of the responses, float32."""
-        from torch.func import functional_call
-
-        from trace_ray.core import logprobs
-        from trace_ray.models.collate import pad_sequences
-        from trace_ray.models.packing import pack_exchanges
-        from trace_ray.models.trainer import response_logits
-
-        def at_params(**inputs: Any) -> Any:
-            return functional_call(self.model, params or {}, kwargs=inputs)
-
-        at_params.dtype = self.model.dtype  # pyright: ignore[reportFunctionMemberAccess]
-
-        lay_out = pack_exchanges if self.pack else pad_sequences
-        batch = {k: v.to(self.model.device) for k, v in lay_out(sequences).items()}
-        logits, at = response_logits(self.model if params is None else at_params, batch)
-        return logprobs.sequence_logps(logits, batch["labels"], batch["mask"], at)
-
-    def derivatives(
-        self,
-        engine: Callable[..., torch.Tensor],
-        params: dict[str, torch.Tensor],
-        direction: dict[str, torch.Tensor],
-        encoded: Sequences,
-        batch_size: int,
-        progress: Progress,
-    ) -> list[float]:
-        """Return the derivative of every sequence's log-probability along ``direction``, in order."""
-        order = list(range(len(encoded)))
-        if not self.pack:
-            # Batches of like length: little padding.
-            order.sort(key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
-        values = [0.0] * len(encoded)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            logps = functools.partial(self, [encoded[i] for i in part])
-            for i, value in zip(part, engine(logps, params, direction).tolist(), strict=True):
-                values[i] = value
-            progress(min(start + batch_size, len(order)), len(order))
-        return values
-
-
-def _gold_gradient(
-    likelihood: _Likelihood,
-    params: dict[str, torch.Tensor],
-    encoder: _Encoder,
-    gold: list[GoldPair],
-    config: TrainingConfig,
-) -> dict[str, torch.Tensor]:
-    """g_J: the gradient of the mean preference loss over the gold batch at theta_ref (Algorithm 2)."""
-    from trace_ray.core import impact
-
-    size = max(1, config.impact.batch_size // 2)
-    rows = [(encoder(g.prompt, g.chosen), encoder(g.prompt, g.rejected)) for g in gold]
-    rows.sort(key=lambda row: sum(map(len, (*row[0], *row[1]))))
-
-    def objectives() -> Iterator[torch.Tensor]:
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            preferred, other = likelihood([a for a, _ in part] + [b for _, b in part]).chunk(2)
-            yield impact.gold_objective(preferred, other, config.beta, len(rows))
-
-    return impact.gold_gradient(objectives(), params)

@@ -1,0 +1,142 @@
+"""The engines of impact scores against each other: speed, cost in plain forward passes, error.
+
+Each scores the same conflicts along the same g_J, in turns: ``jvp``, ``ghost`` and ``fd`` in float32
+and ``ghost`` under bfloat16 autocast. A plain forward pass is the log-probabilities of the same
+responses in the same rows. Errors are those of the whole vector of raw scores against ``jvp``'s. Rows are
+hh-rlhf pairs, categories dealt out in turns: the weights mean nothing here, the work is the same.
+Prints a table, then one JSON line per method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+from trace_ray.config import TrainingConfig
+from trace_ray.data.sources import parse_rows
+from trace_ray.models.references import resolve_model
+from trace_ray.models.scorer import Conflict, Scorer
+from trace_ray.runtime.score import conflicts_of, gold_of
+from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
+
+METHODS = {
+    "jvp": ("jvp", False),
+    "ghost": ("ghost", False),
+    "fd": ("fd", False),
+    "ghost-bf16": ("ghost", True),
+}
+DATA = Path(os.environ.get("TRACE_RAY_DATA", "."), "hh_rlhf_harmless.jsonl.gz")
+
+
+def triaged_rows(source: Path, n: int) -> list[TriagedPair]:
+    """Return ``n`` pairs of hh-rlhf, two in three of them conflicts."""
+    verdict = Verdict(Label.VIOLATES, 1.0, "benchmark")
+    pairs = (row for row in parse_rows(source, "hh-rlhf") if isinstance(row, PreferencePair))
+    kinds = itertools.cycle((Category.INVERT, Category.PUNISH, Category.RETAIN))
+    return [
+        TriagedPair(pair, kind, verdict)
+        for pair, kind in zip(itertools.islice(pairs, n), kinds, strict=False)
+    ]
+
+
+def timed(scorer: Scorer, rows: list[Conflict], direction: dict, bf16: bool) -> tuple[list, float]:
+    """Return the raw scores and the seconds they took, tokenisation included."""
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+        raw = scorer.raw_scores(rows, direction)
+    return raw, time.perf_counter() - started
+
+
+def plain_forward(scorer: Scorer, rows: list[Conflict]) -> None:
+    """Compute the log-probabilities of the rows' responses at theta_ref."""
+    pairs = [scorer.encode(row.prompt, row.chosen, row.rejected) for row in rows]
+    with torch.no_grad():
+        for part in scorer.batches(pairs):
+            scorer.likelihood([pairs[i] for i in part])
+
+
+def ranks_agree(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return Spearman's rank correlation."""
+    return float(torch.corrcoef(torch.tensor([rankdata(a), rankdata(b)]))[0, 1])
+
+
+def main(
+    base: str = "demo:smollm2",
+    data: Path = DATA,
+    conflicts: int = 64,
+    gold: int = 8,
+    rounds: int = 1,
+    threads: int = 2,
+    batch_tokens: int = typer.Option(0, help="Of impact.batch_tokens; 0 is its default."),
+    max_length: int = 256,
+) -> None:
+    """Time the methods in turns and compare their scores."""
+    torch.set_num_threads(threads)
+    folder = resolve_model(base, None, Path(".trace-ray/models")).path
+    triaged = triaged_rows(data, conflicts * 3 // 2)
+    rows = conflicts_of(triaged)
+    scorers: dict[str, Scorer] = {}
+    for method in ("jvp", "ghost", "fd"):
+        impact = {"method": method, "gold_batch": gold}
+        impact |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+        lora = {"r": 8, "alpha": 8, "dropout": 0, "targets": ["q_proj", "v_proj"]}
+        config = TrainingConfig.model_validate(
+            {"lora": lora, "impact": impact, "max_length": max_length}
+        )
+        scorers[method] = Scorer(folder, None, config)
+    direction = scorers["ghost"].direction(gold_of(triaged, scorers["ghost"].config))
+    raw: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in [*METHODS, "forward"]}
+    for number in range(-1, rounds):  # round -1, on a few rows, warms up
+        part = rows if number >= 0 else rows[:4]
+        for name, (method, bf16) in METHODS.items():
+            raw[name], wall_s = timed(scorers[method], part, direction, bf16)
+            seconds[name].append(wall_s)
+        started = time.perf_counter()
+        plain_forward(scorers["ghost"], part)
+        seconds["forward"].append(time.perf_counter() - started)
+    found = []
+    forward_s = statistics.median(seconds["forward"][1:])
+    for name in METHODS:
+        a, b = (torch.tensor(raw[key], dtype=torch.float64) for key in (name, "jvp"))
+        wall_s = statistics.median(seconds[name][1:])
+        found.append(
+            {
+                "benchmark": "impact_methods",
+                "method": name,
+                "pairs_per_s": round(len(rows) / wall_s, 3),
+                "forward_passes": round(wall_s / forward_s, 2),
+                "relative_error": float((a - b).norm() / b.norm()),
+                "spearman": ranks_agree(a, b),
+                "pairs": len(rows),
+                "base": base,
+                "threads": threads,
+            }
+        )
+    show(found)
+
+
+def show(found: list[dict]) -> None:
+    """Print the table and the JSON lines."""
+    columns = ("method", "pairs_per_s", "forward_passes", "relative_error", "spearman")
+    table = Table(*columns)
+    for row in found:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else v for v in map(row.get, columns)))
+    Console().print(table)
+    for row in found:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    typer.run(main)

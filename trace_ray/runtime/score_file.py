@@ -1,0 +1,160 @@
+"""``trace-ray score``: impact scores of one model over files, without a fleet config or a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from trace_ray.config import TrainingConfig, validation_problems
+from trace_ray.data.sources import read_categorised, read_preferences
+from trace_ray.errors import ConfigError, DataError
+from trace_ray.runtime.score import ScoreSummary, Scoring, score_against
+from trace_ray.runtime.store import write_text
+from trace_ray.types import Category
+
+if TYPE_CHECKING:
+    from trace_ray.core.impact import GoldPair
+    from trace_ray.models.scorer import Conflict
+
+
+def score_files(
+    model: Path, adapter: Path | None, triaged: Path, gold: Path, out: Path, config: TrainingConfig
+) -> str:
+    """Score the conflicts of ``triaged`` along the gradient of ``gold`` and write ``out``.
+
+    Args:
+        model: directory of the base model.
+        adapter: directory of the deployed adapter, or None.
+        triaged: jsonl of ``{pair_id, prompt, chosen, rejected, category}`` in the ORIGINAL order.
+        gold: jsonl of ``{prompt, chosen, rejected}``, ``chosen`` preferred under the NEW policy.
+        out: jsonl of ``{pair_id, raw_score, weight}``, conflicts only, in the order of ``triaged``.
+        config: from ``score_config``.
+
+    Returns:
+        A line that says what was done.
+
+    Raises:
+        DataError: a file can't be used; names file, line and field.
+        ModelError: the model or the adapter can't be used.
+    """
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist")
+    conflicts, skipped = _conflicts(triaged)
+    pairs = _gold(gold)
+    scoring = Scoring(str(model), str(adapter) if adapter else None, config)
+    summary = score_against(scoring, conflicts, pairs)
+    rows = [
+        {"pair_id": score.pair_id, "raw_score": score.raw, "weight": score.weight}
+        for score in summary.scores
+    ]
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return f"{out}: {_sentence(conflicts, skipped, summary, config)}"
+
+
+def score_config(
+    options: Mapping[str, Any], lora: Mapping[str, Any], adapter: Path | None
+) -> tuple[TrainingConfig, str | None]:
+    """Return the training section that the command's options stand for, and a note for the user.
+
+    Args:
+        options: training options by their config path (``beta``, ``impact.gamma``).
+        lora: the LoRA options that were given.
+        adapter: the deployed adapter, whose own shape takes the place of ``lora``.
+
+    Raises:
+        ConfigError: an option has a value it can't have.
+        ModelError: the adapter has no readable config.
+    """
+    note = None
+    shape: dict[str, Any] = dict(lora)
+    if adapter is not None:
+        shape = _adapter_shape(adapter)
+        if any(shape[name] != value for name, value in lora.items()):
+            own = f"r {shape['r']}, alpha {shape['alpha']:g}, targets {shape['targets']}"
+            note = f"note: {adapter} has its own shape ({own}); other --lora options are ignored"
+    raw: dict[str, Any] = {"lora": {"dropout": 0, **shape}, "impact": {}}
+    for path, value in options.items():
+        section, _, name = path.rpartition(".")
+        (raw[section] if section else raw)[name] = value
+    try:
+        return TrainingConfig.model_validate(raw), note
+    except ValidationError as error:
+        raise validation_problems("trace-ray score", error) from None
+
+
+def _adapter_shape(adapter: Path) -> dict[str, Any]:
+    from trace_ray.models.adapters import check_adapter
+
+    check_adapter(adapter)
+    saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = saved["target_modules"]
+    return {
+        "r": saved["r"],
+        "alpha": float(saved["lora_alpha"]),
+        # A pattern (text) names no list of layers: peft reads it from the adapter itself.
+        "targets": sorted(targets) if isinstance(targets, list) else "all-linear",
+    }
+
+
+def _conflicts(path: Path) -> tuple[list[Conflict], Counter[str]]:
+    """Return the rows to score and how many rows of which other category there are."""
+    from trace_ray.models.scorer import Conflict
+
+    rows = read_categorised(path)
+    ids = Counter(pair_id for pair_id, _, _ in rows)
+    twice = [pair_id for pair_id, n in ids.items() if n > 1]
+    if twice:
+        raise DataError(
+            f"{path}: pair_id: {len(twice)} ids stand in several rows, e.g. {twice[0]!r}; a score is "
+            "found by its id, so each needs its own"
+        )
+    conflicts = [
+        Conflict(pair_id, pair.prompt, pair.chosen, pair.rejected, category)
+        for pair_id, pair, category in rows
+        if category in (Category.INVERT, Category.PUNISH)
+    ]
+    skipped = Counter(str(c) for _, _, c in rows if c not in (Category.INVERT, Category.PUNISH))
+    return conflicts, skipped
+
+
+def _gold(path: Path) -> list[GoldPair]:
+    from trace_ray.core.impact import GoldPair
+
+    if path.is_file() and not path.read_bytes().strip():
+        raise DataError(
+            f"{path}: holds no gold pair; put in pairs {{prompt, chosen, rejected}} ordered as the new "
+            "policy prefers: their gradient is what conflicts are scored against"
+        )
+    return [
+        GoldPair(pair.prompt, pair.chosen, pair.rejected, pair.source, Category.RETAIN)
+        for pair in read_preferences(path)
+    ]
+
+
+def _sentence(
+    conflicts: Sequence[Conflict],
+    skipped: Counter[str],
+    summary: ScoreSummary,
+    config: TrainingConfig,
+) -> str:
+    kinds = Counter(row.category for row in conflicts)
+    found = [
+        f"{len(conflicts)} scores by {summary.method} ({kinds[Category.INVERT]} invert, "
+        f"{kinds[Category.PUNISH]} punish) along {len(summary.gold)} gold pairs"
+    ]
+    found += [f"{n} {name} rows have no score" for name, n in sorted(skipped.items())]
+    if conflicts:
+        found.append(
+            f"{summary.share_clamped:.0%} clamped to 0, effective sample size "
+            f"{summary.effective_sample_size:.1f}"
+        )
+    if summary.uniform_fallback:
+        found.append("no score is positive, so all weights are alike (uniform fallback)")
+    if summary.truncated:
+        found.append(f"{summary.truncated} responses cut to --max-length {config.max_length}")
+    return "; ".join(found)
