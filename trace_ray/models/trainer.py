@@ -20,8 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trace_ray.config import TrainingConfig
 from trace_ray.core import logprobs, losses
 from trace_ray.errors import TrainError
+from trace_ray.models.attention import attention_blocks
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator
 from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.fused_lora import fuse
 from trace_ray.models.policy_model import reference, save_adapter
 from trace_ray.types import Category
 
@@ -43,8 +45,11 @@ def response_logits(
     if "gather" in batch:
         # SDPA is silently wrong where an additive mask has another dtype than the queries.
         dtype = getattr(model, "dtype", torch.float32)
-        inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
-        kept = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits[0]
+        mask = inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+        blocks = attention_blocks(mask, batch["bounds"])
+        kept = model(
+            **inputs, blocks=blocks, logits_to_keep=batch["keep"], use_cache=False
+        ).logits[0]
         return kept, batch["gather"]
     n, width = batch["labels"].shape
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
@@ -86,6 +91,7 @@ class RealignTrainer(Trainer):
         tokens = sum(len(row.chosen_ids) for row in self.rows)
         self.sft_tokens = config.batch_size * tokens / len(self.rows)
         self.terms: dict[str, list[float]] = {}
+        fuse(model, torch.bfloat16 if args.bf16 else None)
         super().__init__(
             model=model,
             args=args,
@@ -109,12 +115,12 @@ class RealignTrainer(Trainer):
     ) -> torch.Tensor:
         """Return this micro-batch's share of the step's loss (a scalar)."""
         logits, at = response_logits(model, inputs)
-        token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"], at)
         if self.config.objective == "sft":
+            token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"], at)
             loss = losses.sft(token_logps, inputs["mask"], self.sft_tokens)
             self._note({"sft": loss.detach()})
         else:
-            loss = self._hybrid_loss(model, inputs, logits, token_logps)
+            loss = self._hybrid_loss(model, inputs, logits)
         if not torch.isfinite(loss):
             raise TrainError(
                 "the loss is not finite; lower training.learning_rate, or look at the rows of the batch"
@@ -126,14 +132,16 @@ class RealignTrainer(Trainer):
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
         logits: torch.Tensor,
-        token_logps: torch.Tensor,
     ) -> torch.Tensor:
+        n_rows, paired = len(batch["category"]), batch["paired"]
+        # A retained row needs no log-probability, only the KL.
+        conflict = (batch["category"] != losses.RETAIN).float()
+        mask = batch["mask"] * torch.cat([conflict, conflict[paired]])[:, None]
         with reference(self.accelerator.unwrap_model(model)):
             ref_logits, at = response_logits(model, batch)
-            ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], batch["mask"], at)
-        logps = token_logps.sum(1)
+            ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], mask, at)
+        logps = logprobs.sequence_logps(logits, batch["labels"], mask, at)
         logratio = logps - ref_logps
-        n_rows, paired = len(batch["category"]), batch["paired"]
         lengths = batch["mask"].sum(1)
         retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
         kl = losses.retain_kl(logits, ref_logits, batch["mask"][retained], at[retained])
