@@ -75,7 +75,7 @@ def main(
 ) -> None:
     """Time both sides and compare their scores."""
     torch.set_num_threads(threads)
-    folder = resolve_model(base, None, Path(".trace-ray/models")).path
+    folder = Path(resolve_model(base, None, Path(".trace-ray/models")).path)
     lora = {"r": 8, "alpha": 8, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     settings = {"gold_batch": gold, "method": method}
     config = TrainingConfig.model_validate({"lora": lora, "impact": settings, "max_length": WIDTH})

@@ -50,7 +50,7 @@ def main(
     only: int = typer.Option(0, help="Measure this size alone and print its numbers."),
 ) -> None:
     """Measure every size and compare the cost of a row."""
-    folder = resolve_model(base, None, Path(".trace-ray/models")).path
+    folder = Path(resolve_model(base, None, Path(".trace-ray/models")).path)
     lora = {"r": 8, "alpha": 8, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     config = TrainingConfig.model_validate(
         {"lora": lora, "impact": {"gold_batch": 6}, "max_length": 256}

@@ -39,7 +39,7 @@ from trace_ray.models.families import load_tokenizer
 from trace_ray.models.packing import can_pack
 from trace_ray.models.policy_model import load_policy_model, trained_parameters
 from trace_ray.models.references import resolve_model
-from trace_ray.models.trainer import RealignTrainer, training_arguments
+from trace_ray.models.trainer import RealignTrainer, autocast_dtype, training_arguments
 
 
 class AfterStep(TrainerCallback):
@@ -110,14 +110,10 @@ def memory_of(side: str, folder: Path, rows: list[EncodedRow], config: TrainingC
     if side == "ours":
         our_trainer(folder, rows, config).train()
     else:
-        trainer = Reference(folder, config, autocast=_is_bfloat16(config))
+        trainer = Reference(folder, config, autocast=autocast_dtype(config) is not None)
         order = list(range(len(rows)))
         list(trainer.training(rows, order))
     return high_water() - before
-
-
-def _is_bfloat16(config: TrainingConfig) -> bool:
-    return training_arguments(config, Path("."), use_cpu=True).bf16
 
 
 def _memory_in_subprocess(side: str, options: list[str]) -> float:
@@ -131,7 +127,8 @@ def final_losses(
 ) -> list[float]:
     """Return the mean hybrid loss of all rows under each adapter (None: before training)."""
     trainer = our_trainer(folder, rows, config)
-    model: Any = trainer.model.eval()
+    model: Any = trainer.model
+    model.eval()
     found = []
     for adapter in adapters:
         with torch.no_grad():
@@ -140,7 +137,7 @@ def final_losses(
             size = config.batch_size
             total = 0.0
             for at in range(0, len(rows), size):
-                batch = trainer.data_collator(rows[at : at + size])
+                batch = HybridCollator(True)(rows[at : at + size])
                 total += float(trainer.compute_loss(model, batch))
         found.append(total * size / len(rows))
     return found
@@ -159,7 +156,7 @@ def main(
 ) -> None:
     """Time both sides and compare their losses and their memory."""
     torch.set_num_threads(threads)
-    folder = resolve_model(base, None, Path(".trace-ray/models")).path
+    folder = Path(resolve_model(base, None, Path(".trace-ray/models")).path)
     names = targets if targets == "all-linear" else targets.split(",")
     config = TrainingConfig.model_validate(
         {
@@ -196,11 +193,10 @@ def compare(
     threads: int,
 ) -> None:
     """Train both sides in turns and report."""
-    is_bfloat16 = _is_bfloat16(config)
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    dtype = autocast_dtype(config) or torch.float32
     size = config.batch_size
     order = list(BucketSampler([row.n_tokens for row in rows], size, config.seed))
-    peer = Reference(folder, config, autocast=is_bfloat16)
+    peer = Reference(folder, config, autocast=dtype is torch.bfloat16)
     peer_steps = peer.training(rows, order)
     trainer = our_trainer(folder, rows, config)
     start = [p.detach().clone() for p in peer.params]
@@ -219,9 +215,7 @@ def compare(
     trainer.train()
     flops = []
     for at in range(0, len(order), size):
-        batch = HybridCollator(trainer.data_collator.pack)(
-            [rows[i] for i in order[at : at + size]]
-        )
+        batch = HybridCollator(True)([rows[i] for i in order[at : at + size]])
         trained, reference = step_flops(model, batch)
         flops.append(trained + reference)
     n = len(seconds["ours"])
@@ -229,7 +223,6 @@ def compare(
     shares = [f / s / r for f, s, r in zip(flops, seconds["ours"], rates, strict=True)][1:]
     adapters = [list(trained_parameters(model).values()), peer.params]
     adapters = [start, *[[p.detach().clone() for p in each] for each in adapters]]
-    del trainer, peer, peer_steps, model
     exact = config.model_copy(update={"autocast": "none"})
     before, ours, theirs = final_losses(folder, rows, exact, adapters)
     report(
@@ -249,7 +242,11 @@ def compare(
                 "target": ">= 3",
                 "note": f"{min(ratios):.1f} to {max(ratios):.1f} over {len(ratios)} steps",
             },
-            {"measure": "ours", "value": size / statistics.median(seconds["ours"][1:]), "unit": "pairs/s"},
+            {
+                "measure": "ours",
+                "value": size / statistics.median(seconds["ours"][1:]),
+                "unit": "pairs/s",
+            },
             {
                 "measure": "reference",
                 "value": size / statistics.median(seconds["reference"][1:]),

@@ -1,9 +1,9 @@
 """Reductions over the vocabulary, a few rows of logits at a time.
 
-Logits are the largest tensors of training (a vocabulary of 262144 makes 1 MiB of float32 per token). Written
-with plain operations, each reduction would keep several float32 copies of the whole table for its gradient;
-here a chunk's copy lives only while the chunk is reduced, and the gradient is computed from the
-logits again, in their own dtype.
+Logits are the largest tensors of training (with a vocabulary of 262144, 1 MiB of float32 per token).
+Written with plain operations, each reduction would keep several float32 copies of the whole table for
+its gradient; here a chunk's copy lives only while the chunk is reduced, and the gradient is computed
+from the logits again, in their own dtype.
 """
 
 from __future__ import annotations

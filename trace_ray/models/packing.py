@@ -66,9 +66,9 @@ def pack_exchanges(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str
     Returns:
         ``input_ids``, ``position_ids`` [1, T] and ``attention_mask`` [1, 1, T, T] of the trie, in
         which the exchanges of one prompt stand side by side; ``bounds`` [G + 1] int64, where each
-        prompt's own tokens start, and T; ``keep`` [K] int64, the places whose logits are needed; ``gather`` [S, R] int64, for each
-        response token the row of ``keep`` that predicts it; ``labels`` [S, R] int64 and ``mask``
-        [S, R] float32 as in ``collate.pad_sequences``.
+        prompt's own tokens start, and T; ``keep`` [K] int64, the places whose logits are needed;
+        ``gather`` [S, R] int64, for each response token the row of ``keep`` that predicts it;
+        ``labels`` [S, R] int64 and ``mask`` [S, R] float32 as in ``collate.pad_sequences``.
     """
     first: dict[tuple[int, ...], int] = {}
     for s, (prompt, _) in enumerate(sequences):

@@ -47,9 +47,9 @@ def response_logits(
         dtype = getattr(model, "dtype", torch.float32)
         mask = inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
         blocks = attention_blocks(mask, batch["bounds"])
-        kept = model(
-            **inputs, blocks=blocks, logits_to_keep=batch["keep"], use_cache=False
-        ).logits[0]
+        kept = model(**inputs, blocks=blocks, logits_to_keep=batch["keep"], use_cache=False).logits[
+            0
+        ]
         return kept, batch["gather"]
     n, width = batch["labels"].shape
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
@@ -91,7 +91,8 @@ class RealignTrainer(Trainer):
         tokens = sum(len(row.chosen_ids) for row in self.rows)
         self.sft_tokens = config.batch_size * tokens / len(self.rows)
         self.terms: dict[str, list[float]] = {}
-        fuse(model, torch.bfloat16 if args.bf16 else None)
+        self.autocast = autocast_dtype(config)
+        fuse(model, self.autocast)
         super().__init__(
             model=model,
             args=args,
@@ -114,7 +115,7 @@ class RealignTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """Return this micro-batch's share of the step's loss (a scalar)."""
-        logits, at = response_logits(model, inputs)
+        logits, at = self._predict(model, inputs)
         if self.config.objective == "sft":
             token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"], at)
             loss = losses.sft(token_logps, inputs["mask"], self.sft_tokens)
@@ -127,6 +128,14 @@ class RealignTrainer(Trainer):
             )
         return loss
 
+    def _predict(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Not transformers' bf16 option: it would turn the logits into a float32 copy.
+        kind = batch["input_ids"].device.type
+        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+            return response_logits(model, batch)
+
     def _hybrid_loss(
         self,
         model: torch.nn.Module,
@@ -138,7 +147,7 @@ class RealignTrainer(Trainer):
         conflict = (batch["category"] != losses.RETAIN).float()
         mask = batch["mask"] * torch.cat([conflict, conflict[paired]])[:, None]
         with reference(self.accelerator.unwrap_model(model)):
-            ref_logits, at = response_logits(model, batch)
+            ref_logits, at = self._predict(model, batch)
             ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], mask, at)
         logps = logprobs.sequence_logps(logits, batch["labels"], mask, at)
         logratio = logps - ref_logps
@@ -211,6 +220,12 @@ class StepCallback(TrainerCallback):
             state.log_history[-1].setdefault("timestamp_ms", int(time.time() * 1000))
 
 
+def autocast_dtype(config: TrainingConfig) -> torch.dtype | None:
+    """Return the precision of the matmuls over float32 weights; None is float32."""
+    low = config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bfloat16())
+    return torch.bfloat16 if low else None
+
+
 def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -> TrainingArguments:
     """Translate our training section into transformers' arguments."""
     return TrainingArguments(
@@ -224,7 +239,6 @@ def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         weight_decay=0.0,
-        bf16=config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bfloat16()),
         use_cpu=use_cpu,
         save_strategy="steps",
         save_steps=config.save_steps,
