@@ -46,7 +46,7 @@ class Reference:
         self.policy: Any = load_policy_model(base, None, config.lora, seed=config.seed)
         self.frozen: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         self.frozen.requires_grad_(False).eval()
-        self.params = list(trained_parameters(self.policy).values())
+        self.params: list[Any] = list(trained_parameters(self.policy).values())
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
     """Return FLOP/s of one square matmul."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     started = time.perf_counter()
-    a @ b
+    torch.mm(a, b)
     return 2 * size**3 / (time.perf_counter() - started)
 
 
@@ -125,7 +126,7 @@ def _memory_in_subprocess(side: str, options: list[str]) -> float:
 def final_losses(
     folder: Path, rows: list[EncodedRow], config: TrainingConfig, adapters: list[list[torch.Tensor]]
 ) -> list[float]:
-    """Return the mean hybrid loss of all rows under each adapter (None: before training)."""
+    """Return the mean hybrid loss of all rows under each adapter."""
     trainer = our_trainer(folder, rows, config)
     model: Any = trainer.model
     model.eval()
@@ -141,6 +142,90 @@ def final_losses(
                 total += float(trainer.compute_loss(model, batch))
         found.append(total * size / len(rows))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Both sides' steps, the first (which warms up) left out, and what they trained."""
+
+    ours_s: list[float]
+    reference_s: list[float]
+    matmul_rates: list[float]
+    flops: list[float]
+    adapters: list[list[torch.Tensor]]
+    """Before training, after ours, after the reference's."""
+
+
+def race(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> Race:
+    """Train both sides in turns, one step each."""
+    dtype = autocast_dtype(config) or torch.float32
+    size = config.batch_size
+    order = list(BucketSampler([row.n_tokens for row in rows], size, config.seed))
+    peer = Reference(folder, config, autocast=dtype is torch.bfloat16)
+    peer_steps = peer.training(rows, order)
+    trainer = our_trainer(folder, rows, config)
+    start = [p.detach().clone() for p in peer.params]
+    seconds: list[tuple[float, float, float]] = []
+
+    def then(elapsed: float) -> None:
+        started = time.perf_counter()
+        next(peer_steps)
+        peer_s = time.perf_counter() - started
+        seconds.append((elapsed, peer_s, max(matmul_rate(dtype) for _ in range(3))))
+
+    trainer.add_callback(AfterStep(then))
+    trainer.train()
+    flops = []
+    for at in range(size, len(order), size):
+        batch = HybridCollator(True)([rows[i] for i in order[at : at + size]])
+        flops.append(sum(step_flops(trainer.model, batch)))
+    ours, theirs, rates = (list(column) for column in zip(*seconds[1:], strict=True))
+    trained: Any = trainer.model
+    ends = [list(trained_parameters(trained).values()), peer.params]
+    adapters = [start, *([p.detach().clone() for p in end] for end in ends)]
+    return Race(ours, theirs, rates, flops, adapters)
+
+
+def measures(
+    done: Race, losses: list[float], memory: dict[str, float], size: int
+) -> list[dict[str, Any]]:
+    """Return the table's rows."""
+    ratios = [b / a for a, b in zip(done.ours_s, done.reference_s, strict=True)]
+    columns = zip(done.flops, done.ours_s, done.matmul_rates, strict=True)
+    shares = [flops / seconds / rate for flops, seconds, rate in columns]
+    before, ours, theirs = losses
+    return [
+        {
+            "measure": "speedup",
+            "value": statistics.median(ratios),
+            "target": ">= 3",
+            "note": f"{min(ratios):.1f} to {max(ratios):.1f} over {len(ratios)} steps",
+        },
+        {"measure": "ours", "value": size / statistics.median(done.ours_s), "unit": "pairs/s"},
+        {
+            "measure": "reference",
+            "value": size / statistics.median(done.reference_s),
+            "unit": "pairs/s",
+        },
+        {
+            "measure": "final_loss_difference",
+            "value": abs(ours - theirs) / theirs,
+            "target": "<= 0.02",
+            "note": f"{before:.4f} before, {ours:.4f} ours, {theirs:.4f} reference",
+        },
+        {
+            "measure": "share_of_matmul_rate",
+            "value": statistics.median(shares),
+            "target": ">= 0.50",
+            "note": f"of {statistics.median(done.matmul_rates) / 1e9:.0f} GFLOP/s",
+        },
+        {
+            "measure": "memory_ratio",
+            "value": memory["ours"] / memory["reference"],
+            "target": "<= 0.65",
+            "note": f"{memory['ours']:.0f} MiB against {memory['reference']:.0f} MiB",
+        },
+    ]
 
 
 def main(
@@ -181,96 +266,19 @@ def main(
         name: _memory_in_subprocess(name, [str(option) for option in options])
         for name in ("ours", "reference")
     }
-    compare(base, folder, rows, config, memory, threads)
-
-
-def compare(
-    base: str,
-    folder: Path,
-    rows: list[EncodedRow],
-    config: TrainingConfig,
-    memory: dict[str, float],
-    threads: int,
-) -> None:
-    """Train both sides in turns and report."""
-    dtype = autocast_dtype(config) or torch.float32
-    size = config.batch_size
-    order = list(BucketSampler([row.n_tokens for row in rows], size, config.seed))
-    peer = Reference(folder, config, autocast=dtype is torch.bfloat16)
-    peer_steps = peer.training(rows, order)
-    trainer = our_trainer(folder, rows, config)
-    start = [p.detach().clone() for p in peer.params]
-    model: Any = trainer.model
-    seconds: dict[str, list[float]] = {"ours": [], "reference": []}
-    rates: list[float] = []
-
-    def then(elapsed: float) -> None:
-        seconds["ours"].append(elapsed)
-        started = time.perf_counter()
-        next(peer_steps)
-        seconds["reference"].append(time.perf_counter() - started)
-        rates.append(max(matmul_rate(dtype) for _ in range(3)))
-
-    trainer.add_callback(AfterStep(then))
-    trainer.train()
-    flops = []
-    for at in range(0, len(order), size):
-        batch = HybridCollator(True)([rows[i] for i in order[at : at + size]])
-        trained, reference = step_flops(model, batch)
-        flops.append(trained + reference)
-    n = len(seconds["ours"])
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["reference"], strict=True)][1:]
-    shares = [f / s / r for f, s, r in zip(flops, seconds["ours"], rates, strict=True)][1:]
-    adapters = [list(trained_parameters(model).values()), peer.params]
-    adapters = [start, *[[p.detach().clone() for p in each] for each in adapters]]
+    done = race(folder, rows, config)
     exact = config.model_copy(update={"autocast": "none"})
-    before, ours, theirs = final_losses(folder, rows, exact, adapters)
     report(
         "training",
         {
             "base": base,
-            "steps": n,
-            "batch": size,
-            "precision": str(dtype).removeprefix("torch."),
+            "steps": steps,
+            "batch": config.batch_size,
+            "precision": str(autocast_dtype(config) or torch.float32).removeprefix("torch."),
             "lora": config.lora.model_dump(mode="json"),
             "threads": threads,
         },
-        [
-            {
-                "measure": "speedup",
-                "value": statistics.median(ratios),
-                "target": ">= 3",
-                "note": f"{min(ratios):.1f} to {max(ratios):.1f} over {len(ratios)} steps",
-            },
-            {
-                "measure": "ours",
-                "value": size / statistics.median(seconds["ours"][1:]),
-                "unit": "pairs/s",
-            },
-            {
-                "measure": "reference",
-                "value": size / statistics.median(seconds["reference"][1:]),
-                "unit": "pairs/s",
-            },
-            {
-                "measure": "final_loss_difference",
-                "value": abs(ours - theirs) / theirs,
-                "target": "<= 0.02",
-                "note": f"{before:.4f} before, {ours:.4f} ours, {theirs:.4f} reference",
-            },
-            {
-                "measure": "share_of_matmul_rate",
-                "value": statistics.median(shares),
-                "target": ">= 0.50",
-                "note": f"of {statistics.median(rates) / 1e9:.0f} GFLOP/s",
-            },
-            {
-                "measure": "memory_ratio",
-                "value": memory["ours"] / memory["reference"],
-                "target": "<= 0.65",
-                "note": f"{memory['ours']:.0f} MiB against {memory['reference']:.0f} MiB",
-            },
-        ],
+        measures(done, final_losses(folder, rows, exact, done.adapters), memory, config.batch_size),
     )
 
 

@@ -76,7 +76,7 @@ class _PickedLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         table, distinct, place, labels, lse = ctx.saved_tensors
         total = torch.zeros_like(lse).index_add(0, place, grad)
         order = place.argsort()
@@ -92,7 +92,7 @@ class _PickedLogps(torch.autograd.Function):
         return found, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         table, distinct, place, labels, lse = ctx.saved_tensors
         means = [
             torch.linalg.vecdot(
@@ -120,7 +120,7 @@ class _RowKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         table, ref_table, rows, lse, ref_lse = ctx.saved_tensors
         found = torch.zeros_like(table)
         for start, end in _chunks(len(rows), table.shape[1]):

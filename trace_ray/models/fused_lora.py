@@ -84,7 +84,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inner, bottleneck, weight, low_a, low_b = ctx.saved_tensors
         flat = grad.flatten(0, -2).to(weight.dtype)
         d_bottleneck = flat @ low_b
