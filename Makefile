@@ -42,9 +42,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# Ratios of one run: ours against the other way, in turns.
+# A small setting of every benchmark: tables on stderr, a JSON line each in .trace-ray/bench.jsonl.
 bench: setup
-	$(BIN)/python benchmarks/packing.py
+	@test -f "$(TRACE_RAY_DATA)/hh_rlhf_harmless.jsonl.gz" || \
+		{ echo "set TRACE_RAY_DATA to the folder of hh_rlhf_harmless.jsonl.gz"; exit 2; }
+	mkdir -p .trace-ray && rm -f .trace-ray/bench.jsonl
+	set -o pipefail; for name in packing impact training scaling impact_methods; do \
+		test -f benchmarks/$$name.py || continue; \
+		$(BIN)/python -m benchmarks.$$name | tee -a .trace-ray/bench.jsonl || exit 1; \
+	done
 
 # Resolves afresh and rewrites the lock.
 lock:

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ray.core import logprobs
+from trace_ray.models.attention import BLOCKWISE, attention_blocks
 from trace_ray.models.collate import BucketSampler, pad_sequences
 from trace_ray.models.packing import build_trie, pack_exchanges
 from trace_ray.models.trainer import response_logits
@@ -13,12 +14,19 @@ LAYOUTS = (pack_exchanges, pad_sequences)
 TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=6)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3_text"])
+@pytest.fixture(
+    scope="module",
+    params=[(f, a) for f in ("llama", "qwen2", "gemma3_text") for a in (BLOCKWISE, "sdpa")],
+    ids="-".join,
+)
 def model(request, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
-    folder = tiny_model(tmp_path_factory.mktemp(request.param), request.param)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    family, attention = request.param
+    folder = tiny_model(tmp_path_factory.mktemp(family), family)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation=attention
+    ).eval()
 
 
 def _logps(model, batch):
@@ -55,3 +63,15 @@ def test_sampler_gives_each_row_once_and_depends_on_seed_and_epoch_alone(lengths
     again = BucketSampler(lengths, size, seed=3)
     again.set_epoch(epoch)
     assert list(again) == order
+
+
+def test_blocks_cover_the_row_and_see_all_that_a_token_may_see():
+    batch = pack_exchanges([([1, 2, 3], [4, 5]), ([1, 2, 6], [7]), ([1, 2, 3], [4, 8])])
+    mask = batch["attention_mask"]
+    blocks = attention_blocks(mask, batch["bounds"])
+    # [1 2 3 4 5 8] [6 7]: the second prompt's block sees 1 and 2 of the first.
+    assert [(block.start, block.end) for block in blocks] == [(0, 6), (6, 8)]
+    assert blocks[1].keys.tolist() == [0, 1, 6, 7]
+    for block in blocks:
+        rows = mask[0, 0, block.start : block.end]
+        assert (rows == 0).sum() == (block.mask == 0).sum()

@@ -14,10 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def upcast(values: Tensor) -> Tensor:
-    """Return ``values`` in float32, or as they are if they are float64."""
-    return values if values.dtype == torch.float64 else values.float()
+from trace_ray.core.vocabulary import picked_logps
 
 
 def token_logps(logits: Tensor, labels: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
@@ -25,7 +22,7 @@ def token_logps(logits: Tensor, labels: Tensor, mask: Tensor, at: Tensor | None 
 
         log p_t = z_t[y_t] - logsumexp_v z_t[v]
 
-    The gather comes before the subtraction, so no log-softmax over the vocabulary is made.
+    No log-softmax over the vocabulary is made, and only rows that a response token uses are read.
 
     Args:
         logits: z, any float dtype: [B, R, V], position t holding the prediction OF response token t;
@@ -38,9 +35,9 @@ def token_logps(logits: Tensor, labels: Tensor, mask: Tensor, at: Tensor | None 
         [B, R] float32 (float64 for float64 logits), 0 where masked.
     """
     table, rows = as_table(logits, at)
-    table = upcast(table)
-    logps = table[rows, labels] - table.logsumexp(-1)[rows]
-    return torch.where(mask.bool(), logps, 0.0)
+    used = mask.bool()
+    logps = picked_logps(table, rows[used], labels[used])
+    return logps.new_zeros(labels.shape).masked_scatter(used, logps)
 
 
 def as_table(logits: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trace_ray.core.logprobs import as_table, upcast
+from trace_ray.core.logprobs import as_table
+from trace_ray.core.vocabulary import row_kl
 from trace_ray.types import Category
 
 INVERT, PUNISH, RETAIN = 0, 1, 2
@@ -99,11 +100,7 @@ def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor, at: Tensor | Non
     table, places = as_table(logits, at)
     ref_table, _ = as_table(ref_logits.detach(), at)
     rows, columns = mask.nonzero(as_tuple=True)
-    theta = upcast(table[places[rows, columns]])
-    ref = upcast(ref_table[places[rows, columns]])
-    ref_probs = ref.softmax(-1)
-    inner = torch.linalg.vecdot(ref_probs, ref - theta)
-    token_kl = inner + theta.logsumexp(-1) - ref.logsumexp(-1)
+    token_kl = row_kl(table, ref_table, places[rows, columns])
     tokens = mask.bool().sum(-1).clamp(min=1)
     return token_kl.new_zeros(len(mask)).index_add(0, rows, token_kl) / tokens
 

@@ -64,15 +64,25 @@ def pack_exchanges(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str
     """Pack (prompt ids, response ids) pairs for ``trainer.response_logits``.
 
     Returns:
-        ``input_ids``, ``position_ids`` [1, T] and ``attention_mask`` [1, 1, T, T] of the trie;
-        ``keep`` [K] int64, the places whose logits are needed; ``gather`` [S, R] int64, for each
-        response token the row of ``keep`` that predicts it; ``labels`` [S, R] int64 and ``mask``
-        [S, R] float32 as in ``collate.pad_sequences``.
+        ``input_ids``, ``position_ids`` [1, T] and ``attention_mask`` [1, 1, T, T] of the trie, in
+        which the exchanges of one prompt stand side by side; ``bounds`` [G + 1] int64, where each
+        prompt's own tokens start, and T; ``keep`` [K] int64, the places whose logits are needed;
+        ``gather`` [S, R] int64, for each response token the row of ``keep`` that predicts it;
+        ``labels`` [S, R] int64 and ``mask`` [S, R] float32 as in ``collate.pad_sequences``.
     """
-    trie = build_trie([[*prompt, *response] for prompt, response in sequences])
-    predictors = [
-        path[len(prompt) - 1 : -1] for path, (prompt, _) in zip(trie.paths, sequences, strict=True)
-    ]
+    first: dict[tuple[int, ...], int] = {}
+    for s, (prompt, _) in enumerate(sequences):
+        first.setdefault(tuple(prompt), s)
+    groups = [first[tuple(prompt)] for prompt, _ in sequences]
+    order = sorted(range(len(sequences)), key=lambda s: groups[s])
+    trie = build_trie([[*sequences[s][0], *sequences[s][1]] for s in order])
+    paths = dict(zip(order, trie.paths, strict=True))
+    bounds: dict[int, int] = {}
+    reached = 0
+    for s in order:
+        reached = max(reached, max(paths[s]) + 1)
+        bounds[groups[s]] = reached
+    predictors = [paths[s][len(prompt) - 1 : -1] for s, (prompt, _) in enumerate(sequences)]
     keep = sorted({place for places in predictors for place in places})
     row_of = {place: row for row, place in enumerate(keep)}
     width = max(len(response) for _, response in sequences)
@@ -86,6 +96,7 @@ def pack_exchanges(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str
         "input_ids": trie.input_ids,
         "position_ids": trie.position_ids,
         "attention_mask": trie.attention_mask,
+        "bounds": torch.tensor([0, *dict.fromkeys(bounds.values())]),
         "keep": torch.tensor(keep),
         "gather": gather,
         "labels": labels,

@@ -40,7 +40,8 @@ def load_policy_model(
         adapter: directory of the deployed adapter; None where the base itself is deployed.
         lora: shape of a fresh adapter, initialised by peft under ``seed`` right after the base is loaded.
         seed: of the fresh adapter's A matrices.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; ``sdpa`` goes block by block where a batch
+            is packed.
         dtype: of the frozen base weights; adapters are float32.
 
     Raises:
@@ -93,11 +94,13 @@ def _load_base(base: str | Path, attention: str, dtype: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from trace_ray.models.attention import BLOCKWISE
+
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(base),
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=BLOCKWISE if attention == "sdpa" else attention,
             use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -20,8 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trace_ray.config import TrainingConfig
 from trace_ray.core import logprobs, losses
 from trace_ray.errors import TrainError
+from trace_ray.models.attention import attention_blocks
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, StepCollator
 from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.fused_lora import fuse
 from trace_ray.models.policy_model import reference, save_adapter
 from trace_ray.types import Category
 
@@ -43,8 +45,11 @@ def response_logits(
     if "gather" in batch:
         # SDPA is silently wrong where an additive mask has another dtype than the queries.
         dtype = getattr(model, "dtype", torch.float32)
-        inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
-        kept = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits[0]
+        mask = inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+        blocks = attention_blocks(mask, batch["bounds"])
+        kept = model(**inputs, blocks=blocks, logits_to_keep=batch["keep"], use_cache=False).logits[
+            0
+        ]
         return kept, batch["gather"]
     n, width = batch["labels"].shape
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
@@ -86,6 +91,8 @@ class RealignTrainer(Trainer):
         tokens = sum(len(row.chosen_ids) for row in self.rows)
         self.sft_tokens = config.batch_size * tokens / len(self.rows)
         self.terms: dict[str, list[float]] = {}
+        self.autocast = autocast_dtype(config)
+        fuse(model, self.autocast)
         super().__init__(
             model=model,
             args=args,
@@ -120,13 +127,13 @@ class RealignTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """Return this micro-batch's share of the step's loss (a scalar)."""
-        logits, at = response_logits(model, inputs)
-        token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"], at)
+        logits, at = self._predict(model, inputs)
         if self.config.objective == "sft":
+            token_logps = logprobs.token_logps(logits, inputs["labels"], inputs["mask"], at)
             loss = losses.sft(token_logps, inputs["mask"], self.sft_tokens)
             self._note({"sft": loss.detach()})
         else:
-            loss = self._hybrid_loss(model, inputs, logits, token_logps)
+            loss = self._hybrid_loss(model, inputs, logits)
         if not torch.isfinite(loss):
             raise TrainError(
                 f"step {self.state.global_step + 1}: the loss is not finite; lower "
@@ -135,19 +142,29 @@ class RealignTrainer(Trainer):
             )
         return loss
 
+    def _predict(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Not transformers' bf16 option: it would turn the logits into a float32 copy.
+        kind = batch["input_ids"].device.type
+        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+            return response_logits(model, batch)
+
     def _hybrid_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
         logits: torch.Tensor,
-        token_logps: torch.Tensor,
     ) -> torch.Tensor:
-        with reference(self.accelerator.unwrap_model(model)):
-            ref_logits, at = response_logits(model, batch)
-            ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], batch["mask"], at)
-        logps = token_logps.sum(1)
-        logratio = logps - ref_logps
         n_rows, paired = len(batch["category"]), batch["paired"]
+        # A retained row needs no log-probability, only the KL.
+        conflict = (batch["category"] != losses.RETAIN).float()
+        mask = batch["mask"] * torch.cat([conflict, conflict[paired]])[:, None]
+        with reference(self.accelerator.unwrap_model(model)):
+            ref_logits, at = self._predict(model, batch)
+            ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], mask, at)
+        logps = logprobs.sequence_logps(logits, batch["labels"], mask, at)
+        logratio = logps - ref_logps
         lengths = batch["mask"].sum(1)
         retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
         kl = losses.retain_kl(logits, ref_logits, batch["mask"][retained], at[retained])
@@ -218,6 +235,12 @@ class StepCallback(TrainerCallback):
             state.log_history[-1].setdefault("timestamp_ms", int(time.time() * 1000))
 
 
+def autocast_dtype(config: TrainingConfig) -> torch.dtype | None:
+    """Return the precision of the matmuls over float32 weights; None is float32."""
+    low = config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bfloat16())
+    return torch.bfloat16 if low else None
+
+
 def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -> TrainingArguments:
     """Translate our training section into transformers' arguments."""
     return TrainingArguments(
@@ -232,7 +255,6 @@ def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         weight_decay=0.0,
-        bf16=config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bfloat16()),
         use_cpu=use_cpu,
         save_strategy="steps",
         save_steps=config.save_steps,
