@@ -81,7 +81,7 @@ class RealignTrainer(Trainer):
             pack: share common prefixes within a batch (``packing``) instead of padding it.
             callbacks: transformers' callbacks.
         """
-        self.config, self.rows, self.pack = config, list(rows), pack
+        self.config, self.rows = config, list(rows)
         counts = Counter(row.category for row in self.rows)
         self.denominators = losses.Denominators.of_step(
             config.batch_size,
@@ -105,9 +105,7 @@ class RealignTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         lengths = [row.n_tokens for row in self.rows]
-        # Packed batches have no padding to save, and length goes with category: mix them freely.
-        span = 1 if self.pack else 8
-        return BucketSampler(lengths, self.args.train_batch_size, self.config.seed, span)
+        return BucketSampler(lengths, self.args.train_batch_size, self.config.seed)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
