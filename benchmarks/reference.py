@@ -129,7 +129,7 @@ class Reference:
             for i in order[step * size : (step + 1) * size]:
                 loss = self._row_loss(rows[i], counts)
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(self.params, config.max_grad_norm)
             optimizer.step()
             schedule.step()

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import typer
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.hh_rows import encoded_rows, triaged_rows
 from benchmarks.reference import WIDTH, Reference
@@ -64,9 +64,10 @@ def our_trainer(folder: Path, rows: list[EncodedRow], config: TrainingConfig) ->
     model = load_policy_model(folder, None, config.lora, seed=config.seed)
     work = Path(tempfile.mkdtemp(prefix="trace-ray-bench-"))
     arguments = training_arguments(config, work, use_cpu=True)
-    return RealignTrainer(
-        model, rows, config, arguments, pack=can_pack(model.config, config.max_length)
-    )
+    pack = can_pack(model.config, config.max_length)
+    trainer = RealignTrainer(model, rows, config, arguments, pack=pack)
+    trainer.remove_callback(PrinterCallback)  # stdout is for the result alone
+    return trainer
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
@@ -153,7 +154,7 @@ class Race:
     matmul_rates: list[float]
     flops: list[float]
     adapters: list[list[torch.Tensor]]
-    """Before training, after ours, after the reference's."""
+    """As ours and as the reference left them."""
 
 
 def race(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> Race:
@@ -164,7 +165,6 @@ def race(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> Race:
     peer = Reference(folder, config, autocast=dtype is torch.bfloat16)
     peer_steps = peer.training(rows, order)
     trainer = our_trainer(folder, rows, config)
-    start = [p.detach().clone() for p in peer.params]
     seconds: list[tuple[float, float, float]] = []
 
     def then(elapsed: float) -> None:
@@ -182,7 +182,7 @@ def race(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> Race:
     ours, theirs, rates = (list(column) for column in zip(*seconds[1:], strict=True))
     trained: Any = trainer.model
     ends = [list(trained_parameters(trained).values()), peer.params]
-    adapters = [start, *([p.detach().clone() for p in end] for end in ends)]
+    adapters = [[p.detach().clone() for p in end] for end in ends]
     return Race(ours, theirs, rates, flops, adapters)
 
 
@@ -193,7 +193,7 @@ def measures(
     ratios = [b / a for a, b in zip(done.ours_s, done.reference_s, strict=True)]
     columns = zip(done.flops, done.ours_s, done.matmul_rates, strict=True)
     shares = [flops / seconds / rate for flops, seconds, rate in columns]
-    before, ours, theirs = losses
+    ours, theirs = losses
     return [
         {
             "measure": "speedup",
@@ -211,7 +211,7 @@ def measures(
             "measure": "final_loss_difference",
             "value": abs(ours - theirs) / theirs,
             "target": "<= 0.02",
-            "note": f"{before:.4f} before, {ours:.4f} ours, {theirs:.4f} reference",
+            "note": f"{ours:.4f} ours, {theirs:.4f} reference",
         },
         {
             "measure": "share_of_matmul_rate",

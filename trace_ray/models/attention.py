@@ -1,8 +1,10 @@
 """Attention over a packed row, block by block.
 
 The tokens of one prompt and its responses stand side by side in a packed row (``packing``) and see each
-other and a few shared ancestors, nothing of the other blocks. One dense T x T attention would compute
-all of it and hide most; one call per block computes what is seen.
+other and a few shared ancestors, nothing of the other blocks. One dense T x T attention would compute all
+of it and hide most; here each block computes what it sees. At a few hundred tokens a block's scores fit
+in a cache, so plain matmuls beat the CPU's flash kernel (measured with AVX-512 BF16: backward 4 times,
+forward 1.7 times as fast at 162 tokens), and they are computed again for the gradient, not kept.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCKWISE = "blockwise"
@@ -27,31 +30,44 @@ class Block:
 
     start: int
     end: int
-    keys: torch.Tensor
-    """[N] int64: the ancestors outside the block, then the block's own rows."""
-    mask: torch.Tensor
-    """[1, 1, end - start, N], additive."""
+    outer: Tensor
+    """[N] int64: the ancestors outside the block."""
+    mask: Tensor
+    """[end - start, N + end - start], additive: the ancestors, then the block's own rows."""
+
+    def keys(self, values: Tensor) -> Tensor:
+        """Return what the block sees of ``values`` [H, T, D]."""
+        own = values[:, self.start : self.end]
+        return torch.cat([values[:, self.outer], own], 1) if len(self.outer) else own
+
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """Add ``part``, laid out as ``keys`` returns it, to where it came from."""
+        n = len(self.outer)
+        total[:, self.start : self.end] += part[:, n:]
+        if n:
+            total[:, self.outer] += part[:, :n]
 
 
-def attention_blocks(mask: torch.Tensor, bounds: torch.Tensor) -> list[Block]:
+def attention_blocks(mask: Tensor, bounds: Tensor) -> list[Block]:
     """Cut the additive mask [1, 1, T, T] of a packed row at ``bounds`` (0, ..., T)."""
     blocks = []
     for start, end in itertools.pairwise(bounds.tolist()):
-        outer = (mask[0, 0, start:end, :start] == 0).any(0).nonzero().squeeze(1)
-        keys = torch.cat([outer, torch.arange(start, end, device=mask.device)])
-        blocks.append(Block(start, end, keys, mask[:, :, start:end, keys]))
+        rows = mask[0, 0, start:end]
+        outer = (rows[:, :start] == 0).any(0).nonzero().squeeze(1)
+        seen = torch.cat([rows[:, outer], rows[:, start:end]], 1)
+        blocks.append(Block(start, end, outer, seen))
     return blocks
 
 
 def blockwise_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     blocks: list[Block] | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attend as ``sdpa`` does, within ``blocks`` where the row is packed.
 
     Args:
@@ -66,21 +82,61 @@ def blockwise_attention(
     Returns:
         [B, T, heads, D], and no attention weights.
     """
-    if blocks is None:
+    if blocks is None or kwargs.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    found = [
-        scaled_dot_product_attention(
-            query[:, :, block.start : block.end],
-            repeat_kv(key[:, :, block.keys], groups),
-            repeat_kv(value[:, :, block.keys], groups),
-            attn_mask=block.mask,
-            dropout_p=kwargs.get("dropout", 0.0),
-            scale=kwargs.get("scaling"),
-        )
-        for block in blocks
-    ]
-    return torch.cat(found, 2).transpose(1, 2), None
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    out: Tensor = _BlockAttention.apply(query[0], key[0], value[0], blocks, scale)  # pyright: ignore[reportAssignmentType]
+    return out[None], None
+
+
+def _weights(query: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q k' + mask) [key-value heads, G t, N]; G query heads share a key's head."""
+    groups = query.shape[1] // mask.shape[0]
+    bias = mask.to(query.dtype).repeat(groups, 1).expand(len(keys), -1, -1)
+    return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale).softmax(-1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float
+    ) -> Tensor:
+        heads, n, width = query.shape
+        out = query.new_empty(n, heads, width)
+        with torch.autocast(query.device.type, enabled=False):
+            for block in blocks:
+                mine = query[:, block.start : block.end].reshape(len(key), -1, width)
+                probs = _weights(mine, block.keys(key), block.mask, scale)
+                found = torch.bmm(probs, block.keys(value)).view(heads, -1, width)
+                out[block.start : block.end] = found.transpose(0, 1)
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value = ctx.saved_tensors
+        heads, _, width = query.shape
+        d_query = torch.empty_like(query)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        for block in ctx.blocks:
+            rows = slice(block.start, block.end)
+            mine = query[:, rows].reshape(len(key), -1, width)
+            keys, values = block.keys(key), block.keys(value)
+            probs = _weights(mine, keys, block.mask, ctx.scale)
+            d_out = grad[rows].transpose(0, 1).reshape(len(key), -1, width)
+            block.add_to(d_value, torch.bmm(probs.transpose(1, 2), d_out))
+            d_probs = torch.bmm(d_out, values.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            d_scores *= ctx.scale
+            d_query[:, rows] = torch.bmm(d_scores, keys).view(heads, -1, width)
+            block.add_to(d_key, torch.bmm(d_scores.transpose(1, 2), mine))
+        return d_query, d_key, d_value, None, None
 
 
 AttentionInterface.register(BLOCKWISE, blockwise_attention)

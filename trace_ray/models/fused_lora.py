@@ -30,6 +30,11 @@ def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
             module.__class__ = FusedLora
         elif autocast and isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight = nn.Parameter(module.weight.to(autocast), requires_grad=False)
+    if autocast:
+        # What is left of the file of weights, mapped into memory, would keep all of it there.
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.dtype != autocast:
+                parameter.data = parameter.data.clone()
 
 
 class FusedLora(lora.Linear):
