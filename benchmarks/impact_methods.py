@@ -9,7 +9,6 @@ Prints a table, then one JSON line per method.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from trace_ray.config import TrainingConfig
+from trace_ray.core.derivatives import Params
 from trace_ray.data.sources import parse_rows
 from trace_ray.models.references import resolve_model
 from trace_ray.models.scorer import Conflict, Scorer
@@ -31,10 +31,10 @@ from trace_ray.runtime.score import conflicts_of, gold_of
 from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
 
 METHODS = {
-    "jvp": ("jvp", False),
-    "ghost": ("ghost", False),
-    "fd": ("fd", False),
-    "ghost-bf16": ("ghost", True),
+    "jvp": {"method": "jvp"},
+    "ghost": {"method": "ghost"},
+    "fd": {"method": "fd"},
+    "ghost-bf16": {"method": "ghost", "autocast": "bfloat16"},
 }
 DATA = Path(os.environ.get("TRACE_RAY_DATA", "."), "hh_rlhf_harmless.jsonl.gz")
 
@@ -50,11 +50,10 @@ def triaged_rows(source: Path, n: int) -> list[TriagedPair]:
     ]
 
 
-def timed(scorer: Scorer, rows: list[Conflict], direction: dict, bf16: bool) -> tuple[list, float]:
+def timed(scorer: Scorer, rows: list[Conflict], direction: Params) -> tuple[list[float], float]:
     """Return the raw scores and the seconds they took, tokenisation included."""
     started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-        raw = scorer.raw_scores(rows, direction)
+    raw = scorer.raw_scores(rows, direction)
     return raw, time.perf_counter() - started
 
 
@@ -87,21 +86,21 @@ def main(
     triaged = triaged_rows(data, conflicts * 3 // 2)
     rows = conflicts_of(triaged)
     scorers: dict[str, Scorer] = {}
-    for method in ("jvp", "ghost", "fd"):
-        impact = {"method": method, "gold_batch": gold}
+    for name, settings in METHODS.items():
+        impact = {**settings, "gold_batch": gold}
         impact |= {"batch_tokens": batch_tokens} if batch_tokens else {}
         lora = {"r": 8, "alpha": 8, "dropout": 0, "targets": ["q_proj", "v_proj"]}
         config = TrainingConfig.model_validate(
             {"lora": lora, "impact": impact, "max_length": max_length}
         )
-        scorers[method] = Scorer(folder, None, config)
+        scorers[name] = Scorer(folder, None, config)
     direction = scorers["ghost"].direction(gold_of(triaged, scorers["ghost"].config))
     raw: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in [*METHODS, "forward"]}
     for number in range(-1, rounds):  # round -1, on a few rows, warms up
         part = rows if number >= 0 else rows[:4]
-        for name, (method, bf16) in METHODS.items():
-            raw[name], wall_s = timed(scorers[method], part, direction, bf16)
+        for name, scorer in scorers.items():
+            raw[name], wall_s = timed(scorer, part, direction)
             seconds[name].append(wall_s)
         started = time.perf_counter()
         plain_forward(scorers["ghost"], part)

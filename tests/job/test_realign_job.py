@@ -91,9 +91,11 @@ def folder(tmp_path_factory):
         "training": training | {"objective": "sft"},
         "tracking": {"alias": "champion"},
     }
+    again = [m | {"adapter": f"models:/trace-{m['name']}@champion"} for m in models]
+    again[1]["training"] = {"impact": {"workers": 2}}  # one model's scores in shards
     realign = common | {
         "policy": "policy-2.yaml",
-        "models": [m | {"adapter": f"models:/trace-{m['name']}@champion"} for m in models],
+        "models": again,
         "judge": {
             "model": str(at / "llama"),
             "labels": "labels.jsonl",

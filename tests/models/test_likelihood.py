@@ -177,6 +177,13 @@ def test_what_is_not_a_lora_factor_is_refused(base):
         Line(model, direction | {"extra": torch.ones(1)})
 
 
+def test_a_layer_that_sees_tokens_without_their_rows_is_refused(base):
+    lora = LORA.model_copy(update={"targets": ["lm_head"]})
+    model = load_policy_model(base, None, lora, seed=0)
+    with pytest.raises(ModelError, match="lm_head: sees tokens out of their rows"):
+        derive("ghost", model, random_direction(model), GROUPS, pack=True, merged=False)
+
+
 def test_padded_rows_hold_one_exchange(base):
     with pytest.raises(ValueError, match="one exchange each"):
         Likelihood(load(base, None), pack=False)(GROUPS)

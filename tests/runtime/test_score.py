@@ -192,6 +192,14 @@ def test_a_score_that_is_not_finite_names_its_pair(base, monkeypatch):
         scores(base, None, "ghost")
 
 
+def test_bfloat16_is_near_and_not_for_differences(base, deployed):
+    _, exact = scores(base, deployed, "ghost")
+    _, near = scores(base, deployed, "ghost", autocast="bfloat16")
+    assert 0 < error(near, exact) < 0.1
+    with pytest.raises(ValueError, match="noise"):
+        ImpactConfig(method="fd", autocast="bfloat16")
+
+
 def test_adam_does_not_depend_on_the_batch(base, deployed):
     _, a = scores(base, deployed, "ghost", preconditioner="adam", batch_tokens=4096)
     _, b = scores(base, deployed, "ghost", preconditioner="adam", batch_tokens=1)

@@ -138,6 +138,7 @@ class Head:
 class _Factors:
     """One LoRA layer's part of the direction: x (down) (up) = s (dB A + B dA) x."""
 
+    name: str
     layer: torch.nn.Module
     down: torch.Tensor
     """[in, k]."""
@@ -180,7 +181,8 @@ class Line:
             tokens = torch.tensor([ids], device=step.device)
             with self.at(step):
                 self.model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
-            return [(layer.keys, layer.values) for layer in cache.layers]  # pyright: ignore[reportReturnType]
+            layers: list[Any] = cache.layers
+            return [(layer.keys, layer.values) for layer in layers]
 
         here = torch.zeros(1, device=self.model.device, dtype=self.model.dtype)
         # Of SDPA's kernels the plain one has a forward-mode rule.
@@ -204,6 +206,11 @@ class Line:
 def _moved(part: _Factors, steps: torch.Tensor) -> Any:
     def hook(_layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
         x = args[0]
+        if x.dim() != 3 or len(x) != len(steps):
+            raise ModelError(
+                f"{part.name}: sees tokens out of their rows, so impact scores can't tell rows apart; "
+                "take it out of training.lora.targets, or set training.objective to no_impact"
+            )
         with torch.autocast(x.device.type, enabled=False):
             # The step multiplies the low-rank product, so at step 0 no gradient flows through x.
             low = x.detach().to(part.down.dtype) @ part.down
@@ -234,7 +241,7 @@ def _factors(model: PeftModel, direction: Params) -> list[_Factors]:
         up = (
             torch.cat([half[1] for half in halves], dim=1) * layer.scaling[TRAINED]
         ).T.contiguous()
-        found.append(_Factors(layer, down, up))
+        found.append(_Factors(name, layer, down, up))
     if left:
         raise ModelError(f"{min(left)}: impact scores know the LoRA factors of linear layers alone")
     return found

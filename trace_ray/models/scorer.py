@@ -106,10 +106,11 @@ class Scorer:
                 yield impact.gold_objective(preferred, other, self.config.beta, n_gold)
 
         impact.check_gold(len(gold))
-        if adam:
-            found = impact.precondition(*impact.gold_moments(objectives(), self.params))
-        else:
-            found = impact.gold_gradient(objectives(), self.params)
+        with self._precision():
+            if adam:
+                found = impact.precondition(*impact.gold_moments(objectives(), self.params))
+            else:
+                found = impact.gold_gradient(objectives(), self.params)
         if not all(bool(g.isfinite().all()) for g in found.values()):
             ids = ", ".join(g.pair_id for g in gold[:5])
             raise DataError(
@@ -171,7 +172,7 @@ class Scorer:
         done = 0
         common = common_head([group[0][0] for group in groups]) if self.likelihood.pack else []
         headed = {i for i, group in enumerate(groups) if common and _begins(group[0][0], common)}
-        with line.merged():
+        with line.merged(), self._precision():
             head = line.head(common) if headed else None
             for part in self.batches(groups, headed):
                 batch = [groups[i] for i in part]
@@ -203,6 +204,11 @@ class Scorer:
         with line.at(steps):
             logps = self.likelihood(batch, head, steps)
         return logps if weights is None else logps * logps.new_tensor(weights)
+
+    def _precision(self) -> torch.autocast:
+        """Return the context of the passes; the backward pass takes the forward pass's precision."""
+        bf16 = self.config.impact.autocast == "bfloat16"
+        return torch.autocast(self.likelihood.model.device.type, torch.bfloat16, enabled=bf16)
 
     def encode(self, prompt: Prompt, *responses: str) -> list[Exchange]:
         """Encode a pair's sides; both get the prompt that is left beside the longer one."""

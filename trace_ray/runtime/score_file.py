@@ -74,7 +74,8 @@ def score_config(
     shape: dict[str, Any] = dict(lora)
     if adapter is not None:
         shape = _adapter_shape(adapter)
-        if any(shape[name] != value for name, value in lora.items()):
+        wanted = {k: sorted(v) if isinstance(v, list) else v for k, v in lora.items()}
+        if wanted != {name: shape[name] for name in lora}:
             own = f"r {shape['r']}, alpha {shape['alpha']:g}, targets {shape['targets']}"
             note = f"note: {adapter} has its own shape ({own}); other --lora options are ignored"
     raw: dict[str, Any] = {"lora": {"dropout": 0, **shape}, "impact": {}}
