@@ -45,6 +45,7 @@ check: setup
 # Ratios of one run: ours against the other way, in turns.
 bench: setup
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/ingest.py
 
 # Resolves afresh and rewrites the lock.
 lock:

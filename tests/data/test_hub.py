@@ -3,12 +3,14 @@
 import json
 import os
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
-from trace_ray.data.files import locate
+from trace_ray.data.files import locate, split
 from trace_ray.data.ingest import ingest
+from trace_ray.data.sources import part_rows, read_pairs
 from trace_ray.errors import DataError
 from trace_ray.types import PreferencePair
 
@@ -55,6 +57,18 @@ def test_ingest_streams_a_dataset(dataset, tmp_path):
         ray.shutdown()
 
 
+def test_parquet_is_cut_by_row_groups(dataset, tmp_path):
+    folder = tmp_path / "acme" / "table"
+    folder.mkdir()
+    for number in range(2):
+        table = pa.Table.from_pylist(ROWS[15 * number : 15 * number + 15])
+        pq.write_table(table, folder / f"train-{number}.parquet", row_group_size=4)
+    source, parts = split(locate("hf://acme/table"))
+    assert len(parts) == 8
+    rows = [row for part in parts for _, row in part_rows(source, part)]
+    assert rows == ROWS
+
+
 def test_its_version_follows_its_files(dataset):
     def version():
         return locate("hf://acme/prefs").files[0].version
@@ -84,8 +98,6 @@ def test_what_is_not_there_is_named(dataset, source, text):
 def test_a_file_that_breaks_off_names_its_place(dataset, tmp_path):
     (dataset / "test-0.jsonl").write_text("{")
     source = locate("hf://acme/prefs:test")
-    from trace_ray.data.sources import read_pairs
-
     with pytest.raises(
         DataError, match="hf://acme/prefs:test: can't be read after row 0 of shard 0"
     ):

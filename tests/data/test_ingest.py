@@ -103,7 +103,7 @@ def test_large_files_are_cut_and_small_ones_bundled(tmp_path, monkeypatch):
     for name in "defg":
         write_jsonl(tmp_path / f"{name}.jsonl", rows[:2])
     source = locate(tmp_path)
-    parts = list(split(source))
+    _, parts = split(source)
     of = {name: [p for p in parts if Path(p.file.name).name.startswith(name)] for name in "abcd"}
     assert len(of["a"]) > 1
     assert of["a"][0].start == 0

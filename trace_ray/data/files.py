@@ -10,7 +10,7 @@ import glob
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ from trace_ray.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 PART_BYTES = 16 << 20
 """A larger file is cut into parts of about so many bytes."""
+_MAX_DATASET_PARTS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,21 @@ def locate(source: str | Path) -> Source:
     return Source(text, tuple(DataFile(path, os.path.getsize(path)) for path in _local(text)))
 
 
-def split(source: Source) -> Iterator[Part]:
-    """Yield the parts of all files in order; a gzip stream can't be cut."""
-    if source.dataset is not None:
-        (file,) = source.files
-        yield from (Part(file, i, i + 1) for i in range(source.dataset.num_shards))
-        return
+def split(source: Source) -> tuple[Source, list[Part]]:
+    """Return the parts of all files in order, and the source to read them from.
+
+    A gzip stream can't be cut, nor a dataset's file other than parquet.
+    """
+    if source.dataset is None:
+        return source, list(_file_parts(source))
+    (file,) = source.files
+    dataset = hub.resharded(file.name, source.dataset)
+    step = -(-dataset.num_shards // _MAX_DATASET_PARTS)
+    parts = [Part(file, i, i + step) for i in range(0, dataset.num_shards, max(1, step))]
+    return replace(source, dataset=dataset), parts
+
+
+def _file_parts(source: Source) -> Iterator[Part]:
     large = [f for f in source.files if f.size > PART_BYTES and f.name.endswith(".parquet")]
     with ThreadPoolExecutor(16) as pool:
         groups = dict(

@@ -52,6 +52,18 @@ def open_split(name: str) -> tuple[Any, str]:
     return dataset, content_digest(versions)
 
 
+def resharded(name: str, dataset: Any) -> Any:
+    """Return the dataset with one shard per row group, where its files are parquet.
+
+    Raises:
+        DataError: a file can't be opened.
+    """
+    try:
+        return dataset.reshard()
+    except Exception as error:  # reads each file's footer
+        raise _explained(name, error) from None
+
+
 def shard_rows(
     name: str, dataset: Any, first: int, last: int | None
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -62,7 +74,9 @@ def shard_rows(
     """
     line = 0
     try:
-        for index in range(first, dataset.num_shards if last is None else last):
+        for index in range(
+            first, dataset.num_shards if last is None else min(last, dataset.num_shards)
+        ):
             for row in dataset.shard(num_shards=dataset.num_shards, index=index, contiguous=True):
                 line += 1
                 yield line, row

@@ -98,8 +98,9 @@ def ingest(
     try:
         for name in ("parsed", "repeats", "pairs", "bad"):
             (draft / name).mkdir(parents=True)
-        work = Work(replace(source, files=()), schema, draft, max_pairs)
-        kept, totals = _passes(work, list(_shards(split(source))))
+        readable, parts = split(source)
+        work = Work(replace(readable, files=()), schema, draft, max_pairs)
+        kept, totals = _passes(work, list(_shards(parts)))
         bad_file = _join(sorted((draft / "bad").iterdir()), quarantine) if totals.bad else None
         report = replace(totals, quarantine=bad_file)
         _check_share(source.text, report, max_bad_fraction)
