@@ -7,9 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trace_ray.config import load_config
 from trace_ray.data import sources
+from trace_ray.data.files import locate
 from trace_ray.data.sources import BadRow, parse_rows
 from trace_ray.errors import DataError
+from trace_ray.rollout.plan import data_digest
 from trace_ray.types import Category, Message, PreferencePair
 
 USER = {"role": "user", "content": "Hi?"}
@@ -125,6 +128,49 @@ def test_truncated_files_name_themselves(tmp_path):
     broken.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"broken\.parquet: can't be read as parquet"):
         list(parse_rows(broken, "pairs"))
+
+
+def test_local_files_folders_and_globs(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.parquet", "deep/c.jsonl.gz", "notes.txt", ".d.jsonl"):
+        (tmp_path / name).write_text("")
+
+    def names(source):
+        return [file.name.removeprefix(f"{tmp_path}/") for file in locate(source).files]
+
+    assert names(tmp_path) == ["a.parquet", "b.jsonl", "deep/c.jsonl.gz"]
+    assert names(tmp_path / "*.jsonl") == ["b.jsonl"]
+    assert names(tmp_path / "**" / "*.gz") == ["deep/c.jsonl.gz"]
+    monkeypatch.chdir(tmp_path)
+    assert names("b.jsonl") == ["b.jsonl"]
+    for source, text in (
+        ("none/*.jsonl", "no such file, and as a glob it matches no data file"),
+        ("notes.txt", "must be one of .jsonl"),
+    ):
+        with pytest.raises(DataError, match=text):
+            locate(tmp_path / source)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: directory holds no data file"):
+        locate("empty")
+
+
+def test_the_digest_of_local_files_follows_their_bytes(tmp_path):
+    (tmp_path / "policy.yaml").write_text("")
+    (tmp_path / "fleet.yaml").write_text(
+        "policy: policy.yaml\ndata: {source: pairs.jsonl}\ntraining: {objective: sft}\n"
+        f"models: [{{name: a, base: b}}]\nstorage: {tmp_path}/storage\n"
+    )
+    path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD])
+
+    def digest():
+        config = load_config(tmp_path / "fleet.yaml")
+        return data_digest(config, locate(config.data.source))
+
+    first = digest()
+    path.touch()
+    assert digest() == first
+    write_jsonl(path, [GOOD | {"prompt": "Hi!"}])
+    assert digest() != first
 
 
 def test_small_files(tmp_path):

@@ -89,7 +89,8 @@ def locate(source: str | Path) -> Source:
         return Source(text, tuple(found), s3=access)
     if "://" in text:
         raise DataError(f"{text}: must be a path, s3://bucket/prefix or hf://owner/name")
-    return Source(text, tuple(DataFile(path, os.path.getsize(path)) for path in _local(text)))
+    paths = map(os.path.abspath, _local(text))  # a worker may have another working directory
+    return Source(text, tuple(DataFile(path, os.path.getsize(path)) for path in paths))
 
 
 def split(source: Source) -> tuple[Source, list[Part]]:

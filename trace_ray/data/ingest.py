@@ -95,27 +95,28 @@ def ingest(
     out.parent.mkdir(parents=True, exist_ok=True)
     quarantine.parent.mkdir(parents=True, exist_ok=True)
     draft = out.absolute().with_name(f".{out.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
+    for name in ("parsed", "repeats", "pairs", "bad"):
+        (draft / name).mkdir(parents=True)
     try:
-        for name in ("parsed", "repeats", "pairs", "bad"):
-            (draft / name).mkdir(parents=True)
         readable, parts = split(source)
         work = Work(replace(readable, files=()), schema, draft, max_pairs)
-        kept, totals = _passes(work, list(_shards(parts)))
+        totals = _passes(work, list(_shards(parts)))
         bad_file = _join(sorted((draft / "bad").iterdir()), quarantine) if totals.bad else None
         report = replace(totals, quarantine=bad_file)
         _check_share(source.text, report, max_bad_fraction)
-        if not kept:
+        if not report.rows:
             raise DataError(f"{source.text}: holds no usable pair ({len(source.files)} files read)")
         if out.exists():
             out.rename(draft / "old")
         (draft / "pairs").rename(out)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        # Under another name first: a task that is still running can't put a file back.
+        shutil.rmtree(draft.rename(f"{draft}.old"), ignore_errors=True)
     return report
 
 
-def _passes(work: Work, shards: list[Shard]) -> tuple[int, IngestReport]:
-    """Run the three passes and return how many shards hold pairs, and the counts."""
+def _passes(work: Work, shards: list[Shard]) -> IngestReport:
+    """Run the three passes and return what they counted."""
     done: list[Parsed] = []
     repeats: dict[int, int] = {}
     for some in _rounds(shards, work.limit):
@@ -135,8 +136,8 @@ def _passes(work: Work, shards: list[Shard]) -> tuple[int, IngestReport]:
         if left == 0:
             break
     counts = list(_on_cluster(finish_shard, jobs, work))
-    rows, bad, repeated = (sum(column) for column in zip(*counts, strict=True))
-    return sum(kept > 0 for kept, _, _ in counts), IngestReport(rows, bad, repeated, None)
+    rows, bad, repeated = (sum(count[i] for count in counts) for i in range(3))
+    return IngestReport(rows, bad, repeated, None)
 
 
 def _find_all_repeats(work: Work, done: list[Parsed]) -> dict[int, int]:
