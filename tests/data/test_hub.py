@@ -6,67 +6,23 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from trace_ray.data.files import locate, split
-from trace_ray.data.ingest import ingest
 from trace_ray.data.sources import part_rows, read_pairs
 from trace_ray.errors import DataError
-from trace_ray.types import PreferencePair
-
-ROWS = [
-    {
-        "chosen": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}],
-        "rejected": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "No."}],
-    }
-    for i in range(30)
-]
-
-
-@pytest.fixture
-def dataset(tmp_path, monkeypatch):
-    """A dataset of three train files and a test file, where ``acme/prefs`` resolves to it."""
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "acme" / "prefs"
-    folder.mkdir(parents=True)
-    for number in range(3):
-        rows = ROWS[10 * number : 10 * number + 10]
-        if number == 2:
-            rows = [*rows, ROWS[0], {"chosen": [], "rejected": []}]
-        (folder / f"train-{number}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "test-0.jsonl").write_text(json.dumps(ROWS[3]) + "\n")
-    return folder
-
-
-def test_ingest_streams_a_dataset(dataset, tmp_path):
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        out, bad = tmp_path / "out", tmp_path / "bad.jsonl"
-        report = ingest("hf://acme/prefs", "messages", out, bad, max_bad_fraction=0.1)
-        assert (report.rows, report.bad, report.duplicates) == (30, 1, 1)
-        pairs = [PreferencePair.from_row(row) for row in pq.read_table(out).to_pylist()]
-        assert [pair.prompt[0].content for pair in pairs] == [f"{i}?" for i in range(30)]
-        assert pairs[15].source == "hf://acme/prefs:16"  # rows count through the whole split
-        (row,) = map(json.loads, bad.open())
-        assert (row["file"], row["line"]) == ("hf://acme/prefs", 32)
-        test = ingest("hf://acme/prefs:test", "messages", tmp_path / "test", bad)
-        assert test.rows == 1
-    finally:
-        ray.shutdown()
 
 
 def test_parquet_is_cut_by_row_groups(dataset, tmp_path):
     folder = tmp_path / "acme" / "table"
     folder.mkdir()
+    given = [json.loads(row) for path in sorted(dataset.glob("train-*")) for row in path.open()]
     for number in range(2):
-        table = pa.Table.from_pylist(ROWS[15 * number : 15 * number + 15])
+        table = pa.Table.from_pylist(given[15 * number : 15 * number + 15])
         pq.write_table(table, folder / f"train-{number}.parquet", row_group_size=4)
     source, parts = split(locate("hf://acme/table"))
     assert len(parts) == 8
     rows = [row for part in parts for _, row in part_rows(source, part)]
-    assert rows == ROWS
+    assert rows == given[:30]
 
 
 def test_its_version_follows_its_files(dataset):

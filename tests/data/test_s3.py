@@ -1,68 +1,16 @@
 """Sources in a bucket: a local S3 server, the real client."""
 
-import gzip
-import json
 import urllib.request
 
 import boto3
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import ray
-from moto.server import ThreadedMotoServer
 
 from trace_ray.config import load_config
-from trace_ray.data import files, s3
-from trace_ray.data import ingest as ingestion
+from trace_ray.data import s3
 from trace_ray.data.files import locate
-from trace_ray.data.ingest import ingest
 from trace_ray.data.sources import read_pairs
 from trace_ray.errors import DataError
 from trace_ray.rollout.plan import data_digest
-from trace_ray.types import PreferencePair
-
-ROWS = [{"prompt": f"é{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(300)]
-
-
-def jsonl(rows):
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\r\n" for row in rows)
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-@pytest.fixture
-def client(server, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    return boto3.client("s3")
-
-
-@pytest.fixture
-def bucket(client, tmp_path):
-    """Three forms of file under shards/, and neighbours that must not be read."""
-    pq.write_table(pa.Table.from_pylist(ROWS[200:]), tmp_path / "c.parquet", row_group_size=20)
-    client.create_bucket(Bucket="acme")
-    for key, body in {
-        "shards/a.jsonl": b"\xef\xbb\xbf" + jsonl(ROWS[:100]) + b"{\n" + jsonl(ROWS[:1]),
-        "shards/deep/b.jsonl.gz": gzip.compress(jsonl(ROWS[100:200])),
-        "shards/deep/c.parquet": (tmp_path / "c.parquet").read_bytes(),
-        "shards/.hidden.jsonl": b"{",
-        "shards/README.md": b"no data",
-        "shards2/d.jsonl": b"{",
-    }.items():
-        client.put_object(Bucket="acme", Key=key, Body=body)
-    yield client
-    for item in client.list_objects_v2(Bucket="acme")["Contents"]:
-        client.delete_object(Bucket="acme", Key=item["Key"])
-    client.delete_bucket(Bucket="acme")
 
 
 @pytest.mark.parametrize(
@@ -74,32 +22,12 @@ def bucket(client, tmp_path):
         ("s3://acme/shards/a.jsonl", ["shards/a.jsonl"]),
         ("s3://acme/shards*/*.jsonl", ["shards/a.jsonl", "shards2/d.jsonl"]),
         ("s3://acme/shards/**/[bc].*", ["shards/deep/b.jsonl.gz", "shards/deep/c.parquet"]),
+        ("s3://acme/shards/*/[!a-b].*", ["shards/deep/c.parquet"]),
         ("s3://acme/**/?.jsonl", ["shards/a.jsonl", "shards2/d.jsonl"]),
     ],
 )
 def test_keys_folders_prefixes_and_globs(bucket, source, names):
     assert [file.name for file in locate(source).files] == [f"s3://acme/{name}" for name in names]
-
-
-def test_ingest_from_a_bucket(bucket, tmp_path, monkeypatch):
-    for module in (files, ingestion):
-        monkeypatch.setattr(module, "PART_BYTES", 700)
-    monkeypatch.setattr(s3, "_BUFFER", 256)
-    with monkeypatch.context() as patch:
-        # The workers must take endpoint and keys from the driver, not from their own environment.
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-            patch.delenv(name)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        report = ingest("s3://acme/shards", "pairs", tmp_path / "out", tmp_path / "bad.jsonl")
-    finally:
-        ray.shutdown()
-    assert (report.rows, report.bad, report.duplicates) == (300, 1, 1)
-    pairs = [PreferencePair.from_row(row) for row in pq.read_table(tmp_path / "out").to_pylist()]
-    assert [pair.prompt[0].content for pair in pairs] == [row["prompt"] for row in ROWS]
-    assert pairs[-1].source == "s3://acme/shards/deep/c.parquet:100"
-    (bad,) = map(json.loads, (tmp_path / "bad.jsonl").open())
-    assert (bad["file"], bad["line"]) == ("s3://acme/shards/a.jsonl", 101)
 
 
 def test_the_digest_needs_no_download(bucket, tmp_path):
@@ -115,13 +43,13 @@ def test_the_digest_needs_no_download(bucket, tmp_path):
 
     first = digest()
     assert digest() == first
-    bucket.put_object(Bucket="acme", Key="shards/a.jsonl", Body=jsonl(ROWS[:101]))
+    bucket.put_object(Bucket="acme", Key="shards/a.jsonl", Body=b"{}")
     assert digest() != first
 
 
 def test_an_object_replaced_while_it_is_read_is_noticed(bucket):
     source = locate("s3://acme/shards/a.jsonl")
-    bucket.put_object(Bucket="acme", Key="shards/a.jsonl", Body=jsonl(ROWS[:101]))
+    bucket.put_object(Bucket="acme", Key="shards/a.jsonl", Body=b"{}")
     with pytest.raises(DataError, match=r"a\.jsonl: .*replaced after it was listed; run again"):
         list(read_pairs(source, "pairs"))
     bucket.delete_object(Bucket="acme", Key="shards/a.jsonl")
@@ -167,7 +95,7 @@ def test_refusals_say_what_to_do(bucket, monkeypatch, tmp_path):
 def test_access_denied(server, client, monkeypatch):
     """The server checks keys from here on, and ours are unknown to it, then allowed nothing."""
     client.create_bucket(Bucket="private")
-    client.put_object(Bucket="private", Key="a.jsonl", Body=jsonl(ROWS[:1]))
+    client.put_object(Bucket="private", Key="a.jsonl", Body=b"{}")
     iam = boto3.client("iam")
     iam.create_user(UserName="reader")
     keys = iam.create_access_key(UserName="reader")["AccessKey"]

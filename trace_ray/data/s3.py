@@ -7,7 +7,6 @@ looks for them as it always does (profile, instance role).
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import io
 import os
@@ -126,7 +125,7 @@ def _glob_pattern(key: str) -> str:
         elif token in ("*", "?"):
             pattern += "[^/]" + token.replace("?", "")
         elif token.startswith("["):
-            pattern += fnmatch.translate(token).removeprefix("(?s:").removesuffix(r")\Z")
+            pattern += re.sub(r"^\[!", "[^", token.replace("\\", r"\\"))
         else:
             pattern += re.escape(token)
     return pattern
