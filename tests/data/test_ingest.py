@@ -47,14 +47,6 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Run the passes here: many tiny sources would each pay for a Ray Data execution."""
-    monkeypatch.setattr(
-        ingestion, "_on_cluster", lambda function, items, work: (function(i, work) for i in items)
-    )
-
-
 # Cutting files ----------------------------------------------------------------------------------
 
 LINE = st.one_of(
@@ -77,10 +69,7 @@ def test_parts_hold_each_line_once_under_its_number(tmp_path_factory, lines, tai
     file = DataFile(str(path), len(data))
     source = Source(str(path), (file,))
     whole = list(part_rows(source, Part(file)))
-    texts = [t for t in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
-    texts = texts if texts[-1] or not data else texts[:-1]
-    if data and not texts:
-        texts = [b""]
+    texts = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     found, offset = [], 0
     for start in range(0, len(data), size):
         line = 0
