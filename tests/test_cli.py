@@ -110,3 +110,37 @@ def test_demo_data_is_written(tmp_path):
     done = trace_ray("demo-data", tmp_path / "demo")
     assert done.returncode == 0
     assert len((tmp_path / "demo" / "pairs.jsonl").read_text().splitlines()) >= 200
+
+
+def test_heldout_takes_the_same_schemas(tmp_path, fleet):
+    rows = [{"q": f"q{i % 5}", "good": f"foo {i % 5}", "bad": f"bar {i % 5}"} for i in range(9)]
+    (tmp_path / "mapped.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["heldout", tmp_path / "mapped.jsonl", tmp_path / "policy.yaml", tmp_path / "out.jsonl"]
+    columns = "prompt=q,chosen=good,rejected=bad"
+    done = trace_ray(*given, "--schema", columns, "--skip", 2, "--size", 3)
+    assert done.returncode == 0, done.stderr
+    assert "3 invert" in done.stdout
+    written = [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").open()]
+    assert [prompt[0]["content"] for prompt in written] == ["q2", "q3", "q4"]
+    assert_refused(trace_ray(*given, "--schema", columns, "--skip", 2, "--size", 4), "only 3 pairs")
+    assert_refused(trace_ray(*given, "--schema", "dpo"), "schema 'dpo'", "pku-saferlhf")
+
+
+@pytest.mark.parametrize(
+    ("source", "schema", "words"),
+    [
+        ("pairs.jsonl", "pku-saferlhf", ["data.schema", "response_0", "its columns are chosen"]),
+        ("s3://none/x", "pairs", ["s3://none/x: can't be read from S3", "AWS_ENDPOINT_URL"]),
+        ("hf://acme/none", "pairs", ["hf://acme/none: can't be opened", "Hub can't be reached"]),
+    ],
+)
+def test_a_source_that_can_not_be_read_says_what_to_do(
+    tmp_path, fleet, monkeypatch, source, schema, words
+):
+    tiny_model(tmp_path / "model", "llama")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fleet["data"] = {"source": source, "schema": schema}
+    assert_refused(apply(tmp_path, fleet), *words)

@@ -90,19 +90,23 @@ def demo_data(
 
 @app.command("heldout")
 def heldout(
-    source: Annotated[str, typer.Argument(help="Preference pairs: file, folder or glob.")],
+    source: Annotated[str, typer.Argument(help="Preference pairs, as data.source.")],
     policy: Annotated[Path, typer.Argument(help="Policy whose checks give each prompt's bin.")],
     out: Annotated[Path, typer.Argument(help="jsonl of evaluation prompts to write.")],
-    schema: Annotated[str, typer.Option(help="pairs or hh-rlhf.")] = "pairs",
+    schema: Annotated[
+        str, typer.Option(help="As data.schema; a column map as prompt=a,chosen=b,rejected=c.")
+    ] = "pairs",
     skip: Annotated[int, typer.Option(help="Pairs at the start that models train on.")] = 0,
     size: Annotated[int, typer.Option(help="Prompts to write.")] = 48,
 ) -> None:
     """Make held-out evaluation prompts from pairs that no model trains on."""
     with exits_cleanly():
+        from trace_ray.data.schemas import schema_of
         from trace_ray.rollout.heldout import write_heldout
         from trace_ray.rollout.plan import load_policy
 
-        counts = write_heldout(source, schema, load_policy(str(policy)), out, skip=skip, size=size)
+        rows, given = schema_of(schema), load_policy(str(policy))
+        counts = write_heldout(source, rows, given, out, skip=skip, size=size)
         typer.echo(f"{out}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
 
 

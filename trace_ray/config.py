@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
@@ -65,19 +74,48 @@ class EngineConfig(Section):
     """Largest adapter rank the engine can hold."""
 
 
+class ColumnMap(Section):
+    """Which columns hold the pairs, where none of the named schemas fits."""
+
+    prompt: str | None = None
+    """null: the prompt is what the conversations in the two other columns share."""
+    chosen: str
+    rejected: str
+
+
+SchemaName = Literal["pairs", "hh-rlhf", "pku-saferlhf", "messages"]
+
+
+def _schema_kind(value: Any) -> str:
+    return "columns" if isinstance(value, Mapping | ColumnMap) else "name"
+
+
 class DataConfig(Section):
     """Where the preference pairs come from."""
 
     source: str
-    """A file, directory or glob of .jsonl, .jsonl.gz or .parquet."""
-    schema_: Literal["pairs", "hh-rlhf"] = Field(default="pairs", alias="schema")
-    """``pairs``: prompt, chosen, rejected (text or chat messages); ``hh-rlhf``: two dialogues."""
+    """A file, directory or glob of .jsonl, .jsonl.gz or .parquet; ``s3://bucket/`` with a key, folder,
+    prefix or glob of the same; or ``hf://owner/name[/config][@revision][:split]``."""
+    schema_: Annotated[
+        Annotated[SchemaName, Tag("name")] | Annotated[ColumnMap, Tag("columns")],
+        Discriminator(_schema_kind),
+    ] = Field(default="pairs", alias="schema")
+    """``pairs``: prompt, chosen, rejected (text or chat messages); ``messages``: the same, chat messages
+    only (trl's conversational form); ``hh-rlhf``: two dialogues; ``pku-saferlhf``: PKU-SafeRLHF's
+    columns; or a map of columns, e.g. ``{prompt: question, chosen: good, rejected: bad}``."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Malformed rows are quarantined; more than this share of them stops the run."""
     max_pairs: int | None = Field(default=None, ge=1)
     """Use only the first so many good pairs; null = all."""
     gold: str | None = None
     """jsonl of {pair_id, category}: true categories, used only to measure the triage."""
+
+    @property
+    def row_schema(self) -> str | dict[str, str]:
+        """The schema as ``data.schemas`` takes it: a name, or our column -> theirs."""
+        if isinstance(self.schema_, str):
+            return self.schema_
+        return self.schema_.model_dump(exclude_none=True)
 
 
 class JudgeConfig(Section):

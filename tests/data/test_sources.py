@@ -6,11 +6,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
+from trace_ray.config import load_config
 from trace_ray.data import sources
-from trace_ray.data.sources import BadRow, expand, ingest, parse_rows
+from trace_ray.data.files import locate
+from trace_ray.data.sources import BadRow, parse_rows
 from trace_ray.errors import DataError
+from trace_ray.rollout.plan import data_digest
 from trace_ray.types import Category, Message, PreferencePair
 
 USER = {"role": "user", "content": "Hi?"}
@@ -128,50 +130,47 @@ def test_truncated_files_name_themselves(tmp_path):
         list(parse_rows(broken, "pairs"))
 
 
-def test_expand(tmp_path):
+def test_local_files_folders_and_globs(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
-    for name in ("b.jsonl", "a.parquet", "deep/c.jsonl.gz", "notes.txt"):
+    for name in ("b.jsonl", "a.parquet", "deep/c.jsonl.gz", "notes.txt", ".d.jsonl"):
         (tmp_path / name).write_text("")
-    names = ["a.parquet", "b.jsonl", "deep/c.jsonl.gz"]
-    assert expand(tmp_path) == [str(tmp_path / name) for name in names]
-    assert expand(tmp_path / "*.jsonl") == [str(tmp_path / "b.jsonl")]
-    for source, text in (("none/*.jsonl", "no such file"), ("notes.txt", "must be one of")):
+
+    def names(source):
+        return [file.name.removeprefix(f"{tmp_path}/") for file in locate(source).files]
+
+    assert names(tmp_path) == ["a.parquet", "b.jsonl", "deep/c.jsonl.gz"]
+    assert names(tmp_path / "*.jsonl") == ["b.jsonl"]
+    assert names(tmp_path / "**" / "*.gz") == ["deep/c.jsonl.gz"]
+    monkeypatch.chdir(tmp_path)
+    assert names("b.jsonl") == ["b.jsonl"]
+    for source, text in (
+        ("none/*.jsonl", "no such file, and as a glob it matches no data file"),
+        ("notes.txt", "must be one of .jsonl"),
+    ):
         with pytest.raises(DataError, match=text):
-            expand(tmp_path / source)
+            locate(tmp_path / source)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: directory holds no data file"):
+        locate("empty")
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def test_the_digest_of_local_files_follows_their_bytes(tmp_path):
+    (tmp_path / "policy.yaml").write_text("")
+    (tmp_path / "fleet.yaml").write_text(
+        "policy: policy.yaml\ndata: {source: pairs.jsonl}\ntraining: {objective: sft}\n"
+        f"models: [{{name: a, base: b}}]\nstorage: {tmp_path}/storage\n"
+    )
+    path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD])
 
+    def digest():
+        config = load_config(tmp_path / "fleet.yaml")
+        return data_digest(config, locate(config.data.source))
 
-def test_ingest(cluster, tmp_path):
-    rows = [GOOD | {"prompt": f"{i}?"} for i in range(sources._BATCH)]  # a whole batch, no rest
-    write_jsonl(tmp_path / "a.jsonl", rows)
-    write_jsonl(tmp_path / "b.jsonl.gz", [rows[0], b"{", GOOD | {"prompt": "last"}])
-    out, quarantine = tmp_path / "out" / "pairs.parquet", tmp_path / "out" / "bad.jsonl"
-    report = ingest(tmp_path / "[ab].*", "pairs", out, quarantine)
-    assert (report.rows, report.bad, report.duplicates) == (len(rows) + 1, 1, 1)
-    (bad,) = map(json.loads, quarantine.read_text().splitlines())
-    assert (bad["file"], bad["line"], bad["raw"]) == (str(tmp_path / "b.jsonl.gz"), 2, "{")
-    written = pq.read_table(out).to_pylist()
-    pairs = [PreferencePair.from_row(row) for row in written]
-    assert [p.prompt[0].content for p in pairs] == [f"{i}?" for i in range(len(rows))] + ["last"]
-    assert [p.pair_id for p in pairs] == [row["pair_id"] for row in written]
-
-    few = ingest(tmp_path / "a.jsonl", "pairs", tmp_path / "few.parquet", quarantine, max_pairs=10)
-    assert few.rows == pq.read_metadata(tmp_path / "few.parquet").num_rows == 10
-
-    with pytest.raises(DataError, match="1 of 3 rows are malformed") as caught:
-        ingest(tmp_path / "b.jsonl.gz", "pairs", tmp_path / "none.parquet", quarantine)
-    assert "b.jsonl.gz:2: (row): is not JSON" in str(caught.value)
-    cut = tmp_path / "cut.jsonl.gz"
-    cut.write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:-8])
-    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: its gzip stream"):
-        ingest(cut, "pairs", tmp_path / "none.parquet", quarantine, max_bad_fraction=1)
-    assert sorted(p.name for p in tmp_path.glob("*.parquet")) == ["few.parquet"]
+    first = digest()
+    path.touch()
+    assert digest() == first
+    write_jsonl(path, [GOOD | {"prompt": "Hi!"}])
+    assert digest() != first
 
 
 def test_small_files(tmp_path):

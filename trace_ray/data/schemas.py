@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trace_ray.errors import DataError
 from trace_ray.types import (
     ROLES,
     Category,
@@ -69,10 +70,108 @@ def hh_row(row: Mapping[str, Any], source: str) -> PreferencePair:
     return _pair(chosen[:-1], chosen[-1].content, rejected[-1].content, source)
 
 
-SCHEMAS: dict[str, Callable[[Mapping[str, Any], str], PreferencePair]] = {
-    "pairs": pair_row,
-    "hh-rlhf": hh_row,
+def pku_row(row: Mapping[str, Any], source: str) -> PreferencePair:
+    """Read PKU-SafeRLHF's columns: a prompt, two responses, who is safe and which one is safer.
+
+    The preferred response is picked as TRACE's authors do (respailab/TRACE,
+    ``datagen/create_pku_dpo_dataset.py``, as it runs): a row whose ``safer_response_id`` is neither 0
+    nor 1 has no preference and isn't used; where one response alone is safe, it is ``chosen``; where
+    both or neither are, the one that ``safer_response_id`` names. ``better_response_id`` ranks
+    helpfulness; their code reads it only where ``safer_response_id`` is missing, which is never
+    reached, so it is ignored.
+    """
+    safer = row.get("safer_response_id")
+    if isinstance(safer, bool) or safer not in (0, 1):
+        raise FieldError(
+            "safer_response_id", f"must be 0 or 1 to state a preference (got {safer!r})"
+        )
+    safe = []
+    for name in ("is_response_0_safe", "is_response_1_safe"):
+        value = _present(row, name)
+        if not isinstance(value, bool):
+            raise FieldError(name, f"must be true or false (got {_kind(value)})")
+        safe.append(value)
+    chosen = safe.index(True) if safe[0] != safe[1] else int(safer)
+    texts = [_text(row, "response_0"), _text(row, "response_1")]
+    return _pair(read_prompt(row, "prompt"), texts[chosen], texts[1 - chosen], source)
+
+
+def messages_row(row: Mapping[str, Any], source: str) -> PreferencePair:
+    """Read trl's conversational form: message lists, the prompt in its own column or in both others.
+
+    Like ``pair_row``, but a text is an error: it can't pass for a conversation by mistake.
+    """
+    for name in ("prompt", "chosen", "rejected"):
+        value = row.get(name)
+        if isinstance(value, str):
+            raise FieldError(name, "must be a list of chat messages (got str)")
+    return pair_row(row, source)
+
+
+Schema = str | Mapping[str, str]
+"""A name of ``SCHEMAS``, or a column map: ``chosen``, ``rejected`` and perhaps ``prompt`` -> column."""
+
+PairReader = Callable[[Mapping[str, Any], str], PreferencePair]
+
+SCHEMAS: dict[str, tuple[PairReader, tuple[str, ...]]] = {
+    "pairs": (pair_row, ("chosen", "rejected")),
+    "hh-rlhf": (hh_row, ("chosen", "rejected")),
+    "messages": (messages_row, ("chosen", "rejected")),
+    "pku-saferlhf": (
+        pku_row,
+        (
+            "prompt",
+            "response_0",
+            "response_1",
+            "is_response_0_safe",
+            "is_response_1_safe",
+            "safer_response_id",
+        ),
+    ),
 }
+"""Name -> how its rows are read, and the columns that it can't do without."""
+
+
+def schema_of(text: str) -> Schema:
+    """Return the schema that a command's argument names: a name, or ``chosen=good,rejected=bad``.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if text in SCHEMAS:
+        return text
+    items = (item.partition("=") for item in text.split(","))
+    columns = {ours: theirs for ours, _, theirs in items}
+    ours = columns.keys()
+    if {"chosen", "rejected"} <= ours <= {"prompt", "chosen", "rejected"} and all(columns.values()):
+        return columns
+    raise DataError(
+        f"schema {text!r}: must be one of {', '.join(SCHEMAS)}, or a column map such as "
+        "prompt=question,chosen=good,rejected=bad"
+    )
+
+
+def pair_reader(schema: Schema) -> PairReader:
+    """Return the function that reads one row of a schema."""
+    if isinstance(schema, str):
+        return SCHEMAS[schema][0]
+    columns = dict(schema)
+
+    def mapped_row(row: Mapping[str, Any], source: str) -> PreferencePair:
+        try:
+            return pair_row({ours: row.get(theirs) for ours, theirs in columns.items()}, source)
+        except FieldError as error:
+            # The row's own names, not ours, are what its owner can look for.
+            ours = next((name for name in columns if error.field.startswith(name)), "")
+            field = columns[ours] + error.field.removeprefix(ours) if ours else error.field
+            raise FieldError(field, error.message) from None
+
+    return mapped_row
+
+
+def needed_columns(schema: Schema) -> tuple[str, ...]:
+    """Return the columns without which no row of a source can be read."""
+    return SCHEMAS[schema][1] if isinstance(schema, str) else tuple(schema.values())
 
 
 def label_row(row: Mapping[str, Any], source: str) -> LabelledResponse:

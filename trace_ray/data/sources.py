@@ -1,30 +1,30 @@
-"""Files of preference pairs, labels and prompts, read row by row; bad rows are kept, not dropped.
+"""Rows of preference pairs, labels and prompts; bad rows are kept, not dropped.
 
-``ingest`` streams any number of files through Ray Data into one parquet file. A malformed row goes
-to a quarantine file and is counted; a file that can't be read to its end stops the run, because
-nobody knows how many rows are missing. ``parse_rows`` does the parsing and knows nothing of Ray.
+A malformed row becomes a ``BadRow`` that names its file, line and field; a file that can't be read
+to its end raises, because nobody knows how many rows are missing. Nothing here knows of Ray:
+``data.ingest`` runs the same readers on a cluster.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
-import os
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trace_ray.data import hub
+from trace_ray.data.files import DataFile, Part, Source, open_parquet
 from trace_ray.data.schemas import (
-    SCHEMAS,
     FieldError,
+    Schema,
     eval_row,
     gold_row,
     label_row,
     pair_row,
+    pair_reader,
     prompt_row,
     reply_row,
     triaged_row,
@@ -32,7 +32,6 @@ from trace_ray.data.schemas import (
 from trace_ray.errors import DataError
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, PreferencePair, Prompt
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _SHOWN = 20
 _BATCH = 512
 
@@ -60,119 +59,19 @@ class BadRow:
         return f"{self.file}:{self.line}: {self.field or '(row)'}: {self.message}"
 
 
-@dataclass(frozen=True, slots=True)
-class IngestReport:
-    """What came of reading a source."""
-
-    rows: int
-    """Distinct good pairs written."""
-    bad: int
-    """Malformed rows, now in the quarantine file."""
-    duplicates: int
-    """Rows that repeated an earlier pair word for word."""
-    quarantine: str | None
-    """The quarantine file; None when no row was bad."""
-
-    def to_row(self) -> dict[str, Any]:
-        """Return the counts as a mapping."""
-        return asdict(self)
-
-
-def expand(source: str | Path) -> list[str]:
-    """Return the data files of a file, directory (all levels) or glob, sorted.
-
-    Raises:
-        DataError: there are none, or a file named outright has another suffix.
-    """
-    text = str(source)
-    allowed = ", ".join(SUFFIXES)
-    path = Path(text)
-    if path.is_file():
-        if not text.endswith(SUFFIXES):
-            raise DataError(f"{text}: must be one of {allowed}")
-        return [text]
-    if path.is_dir():
-        found = [str(each) for each in path.rglob("*") if not each.name.startswith(".")]
-    else:
-        found = glob.glob(text, recursive=True)
-    files = sorted(each for each in found if each.endswith(SUFFIXES) and os.path.isfile(each))
-    if not files:
-        what = (
-            "directory holds no" if path.is_dir() else "no such file, and as a glob it matches no"
-        )
-        raise DataError(f"{text}: {what} data file ({allowed})")
-    return files
-
-
-def parse_rows(path: str | Path, schema: str) -> Iterator[PreferencePair | BadRow]:
-    """Yield a file's pairs and bad rows in their order.
+def parse_rows(path: str | Path, schema: Schema) -> Iterator[PreferencePair | BadRow]:
+    """Yield the pairs and bad rows of one local file in their order.
 
     Raises:
         DataError: the file can't be read to its end (missing, truncated gzip, broken parquet).
     """
-    return _parse(str(path), SCHEMAS[schema])
+    file = DataFile(str(path))
+    return _parse(Source(file.name, (file,)), pair_reader(schema))
 
 
-def ingest(
-    source: str | Path,
-    schema: str,
-    out: Path,
-    quarantine: Path,
-    max_bad_fraction: float = 0.01,
-    max_pairs: int | None = None,
-) -> IngestReport:
-    """Read every file of ``source`` with Ray Data into one parquet file of distinct pairs.
-
-    Rows keep the order of the files and lines, so ``max_pairs`` means the same rows every time.
-
-    Args:
-        source: file, directory or glob.
-        schema: ``pairs`` or ``hh-rlhf``.
-        out: parquet of ``PreferencePair.to_row()``, written whole or not at all.
-        quarantine: jsonl of bad rows ``{file, line, field, message, raw}``; made only if needed.
-        max_bad_fraction: share of bad rows among all rows read above which this fails.
-        max_pairs: stop after so many distinct pairs; None reads everything.
-
-    Raises:
-        DataError: no file, no good row, an unreadable file, or too many bad rows.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = expand(source)
-    seen: set[str] = set()
-    bad: list[BadRow] = []
-    duplicates = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-    writer = pq.ParquetWriter(draft, pair_schema())
-    try:
-        for rows in _stream(files, schema):
-            good = []
-            for item in rows:
-                if isinstance(item, BadRow):
-                    bad.append(item)
-                elif item["pair_id"] in seen:
-                    duplicates += 1
-                elif max_pairs is None or len(seen) < max_pairs:
-                    seen.add(item["pair_id"])
-                    good.append(item)
-                if max_pairs is not None and len(seen) >= max_pairs:
-                    break
-            if good:
-                writer.write_table(pa.Table.from_pylist(good, schema=pair_schema()))
-            if max_pairs is not None and len(seen) >= max_pairs:
-                break
-        writer.close()
-        kept = _write_quarantine(quarantine, bad)
-        _check_share(str(source), bad, len(seen) + duplicates + len(bad), max_bad_fraction, kept)
-        if not seen:
-            raise DataError(f"{source}: holds no usable pair ({len(files)} files read)")
-        os.replace(draft, out)
-    finally:
-        writer.close()
-        draft.unlink(missing_ok=True)
-    return IngestReport(len(seen), len(bad), duplicates, kept)
+def read_pairs(source: Source, schema: Schema) -> Iterator[PreferencePair | BadRow]:
+    """Yield the pairs and bad rows of all files of a source; errors as in ``parse_rows``."""
+    return _parse(source, pair_reader(schema))
 
 
 def read_labels(path: str | Path) -> list[LabelledResponse]:
@@ -215,7 +114,9 @@ def read_preferences(path: str | Path) -> list[PreferencePair]:
 
 def _read_all(path: str | Path, read: Callable[[Mapping[str, Any], str], T]) -> list[tuple[T, str]]:
     good, bad = [], []
-    for item in _parse(str(path), lambda row, source: (read(row, source), source)):
+    file = DataFile(str(path))
+    rows = _parse(Source(file.name, (file,)), lambda row, source: (read(row, source), source))
+    for item in rows:
         (bad if isinstance(item, BadRow) else good).append(item)
     if bad:
         more = [f"... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
@@ -225,17 +126,45 @@ def _read_all(path: str | Path, read: Callable[[Mapping[str, Any], str], T]) -> 
     return good
 
 
-def _parse(path: str, read: Callable[[Mapping[str, Any], str], T]) -> Iterator[T | BadRow]:
-    raw_rows = _parquet_rows(path) if path.endswith(".parquet") else _jsonl_rows(path)
-    for line, raw in raw_rows:
-        try:
-            row = _decoded(raw) if isinstance(raw, bytes) else raw
-            yield read(row, f"{path}:{line}")
-        except FieldError as error:
-            yield BadRow(path, line, error.field, error.message, _shown(raw))
+def _parse(source: Source, read: Callable[[Mapping[str, Any], str], T]) -> Iterator[T | BadRow]:
+    for file in source.files:
+        for line, raw in part_rows(source, Part(file)):
+            if raw is not None:
+                yield parse_row(raw, read, file.name, line)
 
 
-def _decoded(raw: bytes) -> Mapping[str, Any]:
+RawRow = bytes | Mapping[str, Any]
+
+
+def parse_row(
+    raw: RawRow, read: Callable[[Mapping[str, Any], str], T], file: str, line: int
+) -> T | BadRow:
+    """Return what ``read`` makes of a raw row, or the row with its fault."""
+    try:
+        return read(decoded(raw), f"{file}:{line}")
+    except FieldError as error:
+        return BadRow(file, line, error.field, error.message, _shown(raw))
+
+
+def part_rows(source: Source, part: Part) -> Iterator[tuple[int, RawRow | None]]:
+    """Yield (line, raw row) of a part; lines (rows of parquet or a dataset) count from 1 in the part.
+
+    A line belongs to the part in which its first byte stands. Blank lines come as None, so that the
+    last number is the part's count of lines.
+
+    Raises:
+        DataError: the part can't be read to its end.
+    """
+    name = part.file.name
+    if source.dataset is not None:
+        return hub.shard_rows(name, source.dataset, part.start, part.end)
+    return _parquet_rows(source, part) if name.endswith(".parquet") else _jsonl_rows(source, part)
+
+
+def decoded(raw: RawRow) -> Mapping[str, Any]:
+    """Return a raw row as a mapping; FieldError where a line isn't a JSON object."""
+    if not isinstance(raw, bytes):
+        return raw
     try:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -249,21 +178,29 @@ def _decoded(raw: bytes) -> Mapping[str, Any]:
     return row
 
 
-def _shown(raw: bytes | Mapping[str, Any]) -> str:
+def _shown(raw: RawRow) -> str:
     if isinstance(raw, bytes):
         return raw.decode("utf-8", "replace")[:500]
     return json.dumps(raw, ensure_ascii=True, default=str)[:500]
 
 
-def _jsonl_rows(path: str) -> Iterator[tuple[int, bytes]]:
-    opener: Callable[..., Any] = gzip.open if path.endswith(".gz") else open
-    line = 0
+def _jsonl_rows(source: Source, part: Part) -> Iterator[tuple[int, bytes | None]]:
+    path, line = part.file.name, 0
     try:
-        with opener(path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-                if text.strip():
-                    yield line, text.rstrip(b"\r\n")
+        with source.open(part.file) as plain:
+            if path.endswith(".gz"):
+                with gzip.open(plain, "rb") as unpacked:
+                    for line, raw in enumerate(unpacked, start=1):
+                        yield line, _line_text(raw, line == 1)
+                return
+            position = 0
+            if part.start:
+                # From one byte ahead: a line that begins exactly at the start is this part's.
+                position = plain.seek(part.start - 1) + len(plain.readline())
+            while (part.end is None or position < part.end) and (raw := plain.readline()):
+                position += len(raw)
+                line += 1
+                yield line, _line_text(raw, line == 1 and not part.start)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             f"{path}: its gzip stream breaks after line {line} ({error}); the file is truncated or "
@@ -273,64 +210,30 @@ def _jsonl_rows(path: str) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _line_text(raw: bytes, first: bool) -> bytes | None:
+    """Return a line without its end (and, on a file's first, without the byte order mark)."""
+    text = raw.removeprefix(b"\xef\xbb\xbf") if first else raw
+    return text.rstrip(b"\r\n") if text.strip() else None
+
+
+def _parquet_rows(source: Source, part: Part) -> Iterator[tuple[int, Mapping[str, Any]]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     line = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH):
+        with open_parquet(source, part.file) as file:
+            end = file.num_row_groups if part.end is None else part.end
+            groups = list(range(part.start, end))
+            for batch in file.iter_batches(batch_size=_BATCH, row_groups=groups):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: can't be read as parquet after row {line}: {text}") from None
-
-
-def _stream(files: list[str], schema: str) -> Iterator[list[dict[str, Any] | BadRow]]:
-    """Parse ``files`` on the cluster; yield batches of pair rows and bad rows in order."""
-    import ray.data
-
-    dataset = ray.data.from_items(
-        [{"file": file} for file in files], override_num_blocks=len(files)
-    )
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    parsed = dataset.map_batches(
-        _parse_batch,  # type: ignore[arg-type]
-        fn_kwargs={"schema": schema},
-        batch_size=1,
-        batch_format="numpy",
-    )
-    for batch in parsed.iter_batches(batch_size=_BATCH, batch_format="pyarrow"):
-        columns = batch.to_pydict()  # type: ignore[union-attr]
-        found: list[dict[str, Any] | BadRow] = []
-        for kind, payload in zip(columns["kind"], columns["payload"], strict=True):
-            if kind == "fatal":
-                raise DataError(payload)
-            row = json.loads(payload)
-            found.append(row if kind == "pair" else BadRow(**row))
-        yield found
-
-
-def _parse_batch(batch: dict[str, Any], schema: str) -> Iterator[dict[str, list[str]]]:
-    """Parse the batch's files into columns ``kind`` (pair, bad, fatal) and ``payload`` (JSON)."""
-    kinds: list[str] = []
-    payloads: list[str] = []
-    for file in batch["file"]:
-        try:
-            for item in parse_rows(str(file), schema):
-                kinds.append("bad" if isinstance(item, BadRow) else "pair")
-                payloads.append(json.dumps(item.to_row()))
-                if len(kinds) >= _BATCH:
-                    yield {"kind": kinds, "payload": payloads}
-                    kinds, payloads = [], []
-        except DataError as error:
-            kinds.append("fatal")
-            payloads.append(str(error))
-    yield {"kind": kinds, "payload": payloads}
+        within = f" of row group {part.start}" if part.start else ""
+        raise DataError(
+            f"{part.file.name}: can't be read as parquet after row {line}{within}: {text}"
+        ) from None
 
 
 def pair_schema() -> Any:
@@ -346,27 +249,4 @@ def pair_schema() -> Any:
             ("rejected", pa.string()),
             ("source", pa.string()),
         ]
-    )
-
-
-def _write_quarantine(path: Path, bad: list[BadRow]) -> str | None:
-    if not bad:
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.to_row()) + "\n" for row in bad)
-    os.replace(draft, path)
-    return str(path)
-
-
-def _check_share(
-    source: str, bad: list[BadRow], total: int, limit: float, quarantine: str | None
-) -> None:
-    if len(bad) <= limit * total:
-        return
-    few = "\n".join(f"  {row}" for row in bad[:5])
-    raise DataError(
-        f"{source}: {len(bad)} of {total} rows are malformed, more than data.max_bad_fraction "
-        f"({limit:g}) allows; all of them are in {quarantine}. The first:\n{few}"
     )

@@ -75,7 +75,7 @@ def model_digest(path: Path, cache: Path) -> str:
 
     It is remembered in ``cache`` under the files' sizes and times, so a second call is instant.
     """
-    return _remembered_digest([path / "config.json", *sorted(path.glob("*.safetensors"))], cache)
+    return remembered_digest([path / "config.json", *sorted(path.glob("*.safetensors"))], cache)
 
 
 def _locate(reference: str, revision: str | None, cache: Path) -> tuple[Path, str]:
@@ -95,7 +95,7 @@ def _locate(reference: str, revision: str | None, cache: Path) -> tuple[Path, st
             raise ModelError(f"{reference}: no such file (working directory: {Path.cwd()})")
         local = local.resolve()
         return _from_gguf(
-            reference, local.stem, _remembered_digest([local], cache), cache, local
+            reference, local.stem, remembered_digest([local], cache), cache, local
         ), ""
     if local.exists():
         raise ModelError(f"{reference}: is a file; expected a directory or a .gguf file")
@@ -191,7 +191,7 @@ def _demo(reference: str, cache: Path) -> Path:
             raise ModelError(
                 f"{reference}: package {DEMO_PACKAGES[name]} holds no .gguf; reinstall it"
             )
-        digest = _remembered_digest([files[0]], cache)
+        digest = remembered_digest([files[0]], cache)
         return _from_gguf(reference, "demo-smollm2", digest, cache, files[0])
     package = importlib.import_module(module_name)
     return _from_gguf(reference, "demo-gemma3", package.EXPECTED_SHA256, cache, package)
@@ -353,7 +353,7 @@ def _check_type(reference: str, config: dict[str, Any]) -> None:
         )
 
 
-def _remembered_digest(files: list[Path], cache: Path) -> str:
+def remembered_digest(files: list[Path], cache: Path) -> str:
     """Return the sha256 over names and bytes, remembered in ``cache`` by sizes and times."""
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     memo = cache / "digests" / f"{content_digest(stats)[:32]}.json"

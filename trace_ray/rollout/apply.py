@@ -15,11 +15,11 @@ from typing import Any
 from trace_ray import __version__
 from trace_ray.config import ModelConfig
 from trace_ray.core import triage
-from trace_ray.errors import ConfigError, JudgeError, ModelError, TraceRayError
+from trace_ray.errors import ConfigError, DataError, JudgeError, ModelError, TraceRayError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.conflicts import prepare
-from trace_ray.rollout.plan import Inputs, read_inputs
+from trace_ray.rollout.plan import Inputs, data_digest, read_inputs
 from trace_ray.rollout.realign import Deployed, ModelJob, realign
 from trace_ray.runtime.cluster import connected, result, run_alone
 from trace_ray.runtime.fit_judge import JudgeCard, fit_judge, policy_labels, read_card, require_auc
@@ -136,7 +136,8 @@ def _ingest(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, int
     """Read the pairs once into parquet; bad rows go to the run's quarantine file."""
     import json
 
-    from trace_ray.data.sources import ingest
+    from trace_ray.data.files import locate
+    from trace_ray.data.ingest import ingest
 
     fleet("reading pairs")
     data = inputs.config.data
@@ -145,10 +146,13 @@ def _ingest(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, int
     quarantine = "quarantine.jsonl"
 
     def work(out: Path) -> None:
+        source = locate(data.source)
+        if data_digest(inputs.config, source) != inputs.data_digest:
+            raise DataError(f"{data.source}: its files changed since the run began; run again")
         # Into the run's folder first: a run that stops over too many bad rows must leave them.
         found = ingest(
-            data.source,
-            data.schema_,
+            source,
+            data.row_schema,
             out / "pairs.parquet",
             run_dir / quarantine,
             data.max_bad_fraction,

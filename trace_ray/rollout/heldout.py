@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ray.core.checks import evaluate_policy
 from trace_ray.core.policy import Policy
 from trace_ray.core.triage import categorise
-from trace_ray.data.sources import expand, parse_rows
+from trace_ray.data.files import locate
+from trace_ray.data.schemas import Schema
+from trace_ray.data.sources import read_pairs
 from trace_ray.errors import DataError
 from trace_ray.runtime.store import write_text
 from trace_ray.types import Category, EvalPrompt, PreferencePair
 
 
 def write_heldout(
-    source: str, schema: str, policy: Policy, out: Path, *, skip: int, size: int
+    source: str, schema: Schema, policy: Policy, out: Path, *, skip: int, size: int
 ) -> dict[str, int]:
     """Write the prompts of the ``size`` distinct pairs after the first ``skip`` as evaluation prompts.
 
@@ -29,16 +33,10 @@ def write_heldout(
     Raises:
         DataError: the source holds too few pairs.
     """
-    pairs = {
-        row.pair_id: row
-        for path in expand(source)
-        for row in parse_rows(path, schema)
-        if isinstance(row, PreferencePair)
-    }
-    ordered = list(pairs.values())
-    trained = {pair.prompt for pair in ordered[:skip]}
+    pairs = _distinct_pairs(source, schema)
+    trained = {pair.prompt for pair in itertools.islice(pairs, skip)}
     items: dict[str, EvalPrompt] = {}
-    for pair in ordered[skip:]:
+    for pair in pairs:
         chosen, rejected = (
             evaluate_policy(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected)
         )
@@ -52,3 +50,11 @@ def write_heldout(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(item.to_row()) + "\n" for item in items.values()))
     return dict(Counter(str(item.bin) for item in items.values()))
+
+
+def _distinct_pairs(source: str, schema: Schema) -> Iterator[PreferencePair]:
+    seen: set[str] = set()
+    for row in read_pairs(locate(source), schema):
+        if isinstance(row, PreferencePair) and row.pair_id not in seen:
+            seen.add(row.pair_id)
+            yield row

@@ -5,7 +5,6 @@ Everything the user can get wrong fails here or while the pairs are read, before
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,15 @@ from pathlib import Path
 from trace_ray import __version__
 from trace_ray.config import FleetConfig, load_config, read_yaml
 from trace_ray.core.policy import Policy, parse_policy
+from trace_ray.data.files import Source, locate
 from trace_ray.data.sources import (
-    expand,
     read_eval_prompts,
     read_gold,
     read_labels,
     read_prompts,
 )
 from trace_ray.errors import ConfigError
+from trace_ray.models.references import remembered_digest
 from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.runtime.store import Store
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, Prompt, content_digest
@@ -37,7 +37,7 @@ class Inputs:
     retention: list[Prompt]
     gold: dict[str, Category]
     data_digest: str
-    """Digest of the preference files' bytes and of how they are read."""
+    """Digest of the preference data and of how it is read."""
     run_id: str
     store: Store
 
@@ -73,7 +73,7 @@ def read_inputs(config_path: str) -> Inputs:
     judge, evaluation = config.judge, config.evaluation
     labels = read_labels(Path(judge.labels)) if judge and judge.labels else []
     retention = evaluation.retention_prompts if evaluation else None
-    digest = _data_digest(config)
+    digest = data_digest(config, locate(config.data.source))
     inputs = {
         "config": config.model_dump(mode="json", exclude={"storage"}, by_alias=True),
         "policy": policy.digest,
@@ -110,12 +110,17 @@ def _check_measurable(config: FleetConfig, policy: Policy, source: str) -> None:
         )
 
 
-def _data_digest(config: FleetConfig) -> str:
-    files = [[Path(path).name, file_sha256(Path(path))] for path in expand(config.data.source)]
-    return content_digest([sorted(files), config.data.schema_, config.data.max_pairs])
+def data_digest(config: FleetConfig, source: Source) -> str:
+    """Return the digest of what a source holds and of how it is read, without reading it again.
 
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes (64 hex digits)."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    A local file counts by its bytes (remembered under its size and time), an object by its key, ETag
+    and size, a dataset by its files' commits.
+    """
+    data = config.data
+    files = [
+        [file.name, file.version, file.size]
+        if file.version
+        else [Path(file.name).name, remembered_digest([Path(file.name)], Path(config.storage))]
+        for file in source.files
+    ]
+    return content_digest([files, data.row_schema, data.max_pairs])
