@@ -10,7 +10,8 @@ from pathlib import Path
 from trace_ray import __version__
 from trace_ray.core.objectives import CORRECTED
 from trace_ray.core.triage import flipped
-from trace_ray.rollout.plan import Inputs, file_sha256
+from trace_ray.models.references import remembered_digest
+from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.judge import JudgeSpec, read_triaged, triaged_schema
 from trace_ray.runtime.progress import Reporter
@@ -45,7 +46,7 @@ def prepare(
         "judge": judge.judge_id,
         "threshold": judge.threshold,
         "oracle": oracle.model_dump(mode="json") if oracle else None,
-        "replies": file_sha256(Path(oracle.path)) if oracle and oracle.kind == "file" else "",
+        "replies": _replies_digest(inputs) if oracle else "",
         "flip_labels": config.flip_labels,
         "seed": config.training.seed,
         "policy": inputs.policy.digest,
@@ -67,6 +68,14 @@ def prepare(
     stage: StageResult = inputs.store.stage("conflicts", key, work)
     prepared, _ = read_triaged(stage.path / ROWS)
     return Prepared(prepared, stage.path, json.loads((stage.path / COUNTS).read_text()))
+
+
+def _replies_digest(inputs: Inputs) -> str:
+    """Digest of the oracle's file; empty for one that writes its replies."""
+    oracle = inputs.config.oracle
+    if oracle is None or oracle.kind != "file":
+        return ""
+    return remembered_digest([Path(oracle.path)], Path(inputs.config.storage))
 
 
 def _corrected(
