@@ -67,8 +67,8 @@ def reference(
 
 def main(
     base: str = "demo:smollm2",
-    rounds: int = typer.Option(3, help="Times both sides take their turn."),
-    rows: int = typer.Option(40, help="Rows of a round; three in five are conflicts."),
+    rounds: int = typer.Option(2, help="Times both sides take their turn."),
+    rows: int = typer.Option(30, help="Rows of a round; three in five are conflicts."),
     gold: int = typer.Option(6, help="Size of the gold batch."),
     method: str = "auto",
     threads: int = 2,

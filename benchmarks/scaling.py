@@ -45,7 +45,7 @@ def measure(folder: Path, n: int, config: TrainingConfig, threads: int) -> dict[
 
 def main(
     base: str = "demo:smollm2",
-    sizes: str = typer.Option("40,80,160", help="Numbers of rows."),
+    sizes: str = typer.Option("24,48,96", help="Numbers of rows."),
     threads: int = 2,
     only: int = typer.Option(0, help="Measure this size alone and print its numbers."),
 ) -> None:

@@ -230,7 +230,7 @@ def measures(
 
 def main(
     base: str = "demo:smollm2",
-    steps: int = typer.Option(12, help="Optimizer steps of 4 rows."),
+    steps: int = typer.Option(10, help="Optimizer steps of 4 rows."),
     memory_steps: int = typer.Option(3, help="Steps of the memory measurement."),
     rank: int = 32,
     targets: str = typer.Option("q_proj,v_proj", help="Names, or all-linear."),

@@ -136,7 +136,7 @@ def score_command(
     with exits_cleanly():
         from trace_ray.runtime.score_file import score_config, score_files
 
-        targets = lora_targets.split(",") if lora_targets else None
+        targets = [t.strip() for t in lora_targets.split(",")] if lora_targets else None
         shape = {"targets": targets, "r": lora_r, "alpha": lora_alpha}
         options = {
             "beta": beta,
