@@ -77,7 +77,7 @@ def derive(name, model, direction, groups, *, pack, merged=True, head=None):
     with line.merged() if merged else nullcontext():
         if name == "fd":
             length = derivatives.length_of(direction)
-            return derivatives.fd_derivatives(values_at, steps, length)
+            return derivatives.fd_derivatives(values_at, steps, length, eps=0.01)
         engine = {"jvp": derivatives.jvp_derivatives, "ghost": derivatives.ghost_derivatives}
         return engine[name](values_at, steps)
 
