@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import time
 from pathlib import Path
 
@@ -36,6 +35,8 @@ METHODS = {
     "fd": {"method": "fd"},
     "ghost-bf16": {"method": "ghost", "autocast": "bfloat16"},
 }
+TURN = 16
+"""Conflicts that one method scores before the next has its turn."""
 DATA = Path(os.environ.get("TRACE_RAY_DATA", "."), "hh_rlhf_harmless.jsonl.gz")
 
 
@@ -74,8 +75,8 @@ def main(
     base: str = "demo:smollm2",
     data: Path = DATA,
     conflicts: int = 64,
-    gold: int = 8,
-    rounds: int = 1,
+    gold: int = 6,
+    seconds: float = typer.Option(600, help="Report on the conflicts that are done by then."),
     threads: int = 2,
     batch_tokens: int = typer.Option(0, help="Of impact.batch_tokens; 0 is its default."),
     max_length: int = 256,
@@ -95,30 +96,34 @@ def main(
         )
         scorers[name] = Scorer(folder, None, config)
     direction = scorers["ghost"].direction(gold_of(triaged, scorers["ghost"].config))
-    raw: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in [*METHODS, "forward"]}
-    for number in range(-1, rounds):  # round -1, on a few rows, warms up
-        part = rows if number >= 0 else rows[:4]
+    raw: dict[str, list[float]] = {name: [] for name in METHODS}
+    wall_s = dict.fromkeys([*METHODS, "forward"], 0.0)
+    plain_forward(scorers["ghost"], rows[:1])  # warms up
+    started = time.perf_counter()
+    for start in range(0, len(rows), TURN):
+        part = rows[start : start + TURN]
         for name, scorer in scorers.items():
-            raw[name], wall_s = timed(scorer, part, direction)
-            seconds[name].append(wall_s)
-        started = time.perf_counter()
+            values, took_s = timed(scorer, part, direction)
+            raw[name] += values
+            wall_s[name] += took_s
+        before = time.perf_counter()
         plain_forward(scorers["ghost"], part)
-        seconds["forward"].append(time.perf_counter() - started)
+        wall_s["forward"] += time.perf_counter() - before
+        if time.perf_counter() - started > seconds:
+            break
     found = []
-    forward_s = statistics.median(seconds["forward"][1:])
-    for name in METHODS:
-        a, b = (torch.tensor(raw[key], dtype=torch.float64) for key in (name, "jvp"))
-        wall_s = statistics.median(seconds[name][1:])
+    exact = torch.tensor(raw["jvp"], dtype=torch.float64)
+    for name, values in raw.items():
+        got = torch.tensor(values, dtype=torch.float64)
         found.append(
             {
                 "benchmark": "impact_methods",
                 "method": name,
-                "pairs_per_s": round(len(rows) / wall_s, 3),
-                "forward_passes": round(wall_s / forward_s, 2),
-                "relative_error": float((a - b).norm() / b.norm()),
-                "spearman": ranks_agree(a, b),
-                "pairs": len(rows),
+                "pairs_per_s": round(len(got) / wall_s[name], 3),
+                "forward_passes": round(wall_s[name] / wall_s["forward"], 2),
+                "relative_error": float((got - exact).norm() / exact.norm()),
+                "spearman": ranks_agree(got, exact),
+                "pairs": len(got),
                 "base": base,
                 "threads": threads,
             }

@@ -76,8 +76,8 @@ def derive(name, model, direction, groups, *, pack, merged=True, head=None):
     steps = torch.zeros(len(groups), dtype=model.dtype)
     with line.merged() if merged else nullcontext():
         if name == "fd":
-            length = derivatives.length_of(direction)
-            return derivatives.fd_derivatives(values_at, steps, length)
+            scale = derivatives.scale_of(direction)
+            return derivatives.fd_derivatives(values_at, steps, scale)
         engine = {"jvp": derivatives.jvp_derivatives, "ghost": derivatives.ghost_derivatives}
         return engine[name](values_at, steps)
 

@@ -64,17 +64,19 @@ def ghost_derivatives(values_at: ValuesFn, steps: Tensor) -> Tensor:
     return derivatives
 
 
-def fd_derivatives(values_at: ValuesFn, steps: Tensor, length: float, eps: float = 0.01) -> Tensor:
+def fd_derivatives(values_at: ValuesFn, steps: Tensor, scale: float, eps: float = 2e-4) -> Tensor:
     """Return the derivative of every value by a central difference: two plain passes.
 
-        d ~ [value(h) - value(-h)] / (2 h),   h = eps / |g|
+        d ~ [value(h) - value(-h)] / (2 h),   h = eps / rms(g)
 
     Args:
         values_at: the values [E] as a function of the steps, computed in float32 or better (in
             bfloat16 the difference is noise).
         steps: zeros [N].
-        length: |g|, so that the move in parameter space has length ``eps`` whatever the scale of g.
-        eps: that length.
+        scale: rms(g), the root mean square of the entries of g that are not 0.
+        eps: how far a parameter that moves does so, in the root mean square: alike for small models
+            and large ones. Shorter moves drown in the rounding of float32 log-probabilities, longer
+            ones in the third derivative.
 
     Returns:
         [E], detached; all 0 for a zero direction.
@@ -84,10 +86,10 @@ def fd_derivatives(values_at: ValuesFn, steps: Tensor, length: float, eps: float
     """
     if steps.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"finite differences need float32; the steps are {steps.dtype}")
-    step = eps / length if length > 0 else 0.0
+    step = eps / scale if scale > 0 else 0.0
     with torch.no_grad():
         difference = values_at(steps + step) - values_at(steps - step)
-    return difference * (length / (2 * eps))
+    return difference * (scale / (2 * eps))
 
 
 def per_sample_derivatives(logps_fn: LogpsFn, params: Params, direction: Params) -> Tensor:
@@ -121,6 +123,8 @@ def per_sample_derivatives(logps_fn: LogpsFn, params: Params, direction: Params)
     return derivatives
 
 
-def length_of(direction: Params) -> float:
-    """Return |g|, the Euclidean norm over all parameters together."""
-    return math.sqrt(sum(float(g.double().square().sum()) for g in direction.values()))
+def scale_of(direction: Params) -> float:
+    """Return rms(g), the root mean square over the entries of all parameters that are not 0."""
+    total = sum(float(g.double().square().sum()) for g in direction.values())
+    moved = sum(int(g.count_nonzero()) for g in direction.values())
+    return math.sqrt(total / moved) if moved else 0.0

@@ -182,7 +182,7 @@ def gold_moments(losses: Iterable[Tensor], params: Params) -> tuple[Params, Para
 def precondition(direction: Params, second_moment: Params, eps: float = 1e-8) -> Params:
     """Return P g_J with Adam's diagonal P = 1 / (sqrt(v) + eps): the step Adam would take.
 
-    LESS (arXiv 2402.04333, section 3.1) scales influence scores like this, with v of the training
+    LESS (arXiv 2402.04333) scales influence scores like this, with v of the training
     run's optimizer. At theta_ref there is no run yet: v is that of ``gold_moments``. The score is
     then <P g_J, g> = <g_J, P g>, since P is symmetric.
 

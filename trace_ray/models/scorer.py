@@ -167,7 +167,7 @@ class Scorer:
     ) -> list[list[float]]:
         """Return the derivative of every exchange of each group; with ``seeds``, of their weighted sum."""
         line = Line(self.likelihood.model, direction)
-        length = derivatives.length_of(direction)
+        scale = derivatives.scale_of(direction)
         found: list[list[float]] = [[] for _ in groups]
         done = 0
         common = common_head([group[0][0] for group in groups]) if self.likelihood.pack else []
@@ -181,7 +181,7 @@ class Scorer:
                 values_at = functools.partial(self._values_at, line, shared, batch, weights)
                 steps = torch.zeros(len(batch), device=self.likelihood.model.device)
                 if self.method == "fd":
-                    values = derivatives.fd_derivatives(values_at, steps, length)
+                    values = derivatives.fd_derivatives(values_at, steps, scale)
                 elif self.method == "jvp":
                     values = derivatives.jvp_derivatives(values_at, steps)
                 else:
