@@ -132,7 +132,7 @@ class _BlockAttention(torch.autograd.Function):
             d_out = grad[rows].transpose(0, 1).reshape(len(key), -1, width)
             block.add_to(d_value, torch.bmm(probs.transpose(1, 2), d_out))
             d_probs = torch.bmm(d_out, values.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             d_scores *= ctx.scale
             d_query[:, rows] = torch.bmm(d_scores, keys).view(heads, -1, width)
             block.add_to(d_key, torch.bmm(d_scores.transpose(1, 2), mine))
