@@ -1,12 +1,11 @@
 """Packed against padded batches: the same loss, the same gradient, how much less time?
 
 Both ways take the same batches of the quickstart's pairs through one forward and backward pass of the
-hybrid loss, in turns, on SmolLM2-135M with the quickstart's adapter. Prints one JSON line.
+hybrid loss, in turns, on SmolLM2-135M with the quickstart's adapter.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 import typer
 
+from benchmarks.table import report
 from trace_ray.config import TrainingConfig
 from trace_ray.data.synthetic import generate
 from trace_ray.models.collate import BucketSampler, HybridCollator, encode_row
@@ -62,6 +62,7 @@ def main(
         for pack in (True, False) if number % 2 else (False, True):
             started = time.perf_counter()
             batch = HybridCollator(pack)(chosen)
+            trainers[pack].reference_logps.known.clear()
             trainers[pack].compute_loss(model, batch).backward()
             if number >= 0:
                 seconds[pack].append(time.perf_counter() - started)
@@ -69,17 +70,20 @@ def main(
             model.zero_grad()
     medians = {pack: statistics.median(values) for pack, values in seconds.items()}
     ratios = [padded / packed for packed, padded in zip(seconds[True], seconds[False], strict=True)]
-    result = {
-        "base": base,
-        "batches": batches,
-        "packed_s": round(medians[True], 3),
-        "padded_s": round(medians[False], 3),
-        "speedup_median": round(statistics.median(ratios), 2),
-        "speedup_min": round(min(ratios), 2),
-        "speedup_max": round(max(ratios), 2),
-        "token_ratio": round(tokens[False] / tokens[True], 2),
-    }
-    print(json.dumps(result))
+    report(
+        "packing",
+        {"base": base, "batches": batches, "batch_size": batch_size, "threads": threads},
+        [
+            {
+                "measure": "speedup",
+                "value": statistics.median(ratios),
+                "note": f"{min(ratios):.2f} to {max(ratios):.2f} over {batches} batches",
+            },
+            {"measure": "packed", "value": medians[True], "unit": "s"},
+            {"measure": "padded", "value": medians[False], "unit": "s"},
+            {"measure": "token_ratio", "value": tokens[False] / tokens[True]},
+        ],
+    )
 
 
 if __name__ == "__main__":

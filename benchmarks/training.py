@@ -20,7 +20,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +61,7 @@ class AfterStep(TrainerCallback):
 def our_trainer(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> RealignTrainer:
     """Return the trainer as the product builds it."""
     model = load_policy_model(folder, None, config.lora, seed=config.seed)
-    work = Path(tempfile.mkdtemp(prefix="trace-ray-bench-"))
-    arguments = training_arguments(config, work, use_cpu=True)
+    arguments = training_arguments(config, Path(".trace-ray/bench"), use_cpu=True)
     pack = can_pack(model.config, config.max_length)
     trainer = RealignTrainer(model, rows, config, arguments, pack=pack)
     trainer.remove_callback(PrinterCallback)  # stdout is for the result alone

@@ -85,6 +85,28 @@ def test_margins_are_zero_before_the_first_step(base, deployed, tmp_path, pack, 
     assert terms["punish"] == pytest.approx(float(2 * log2 / 3), rel=1e-6)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_the_reference_said_is_used_again(base, deployed, tmp_path, pack):
+    trainer = make(base, deployed, tmp_path, pack=pack)
+    batch = HybridCollator(pack)(trainer.rows)
+    with torch.no_grad():
+        for parameter in trained_parameters(trainer.model).values():
+            parameter.add_(0.05)
+    parameters = list(trained_parameters(trainer.model).values())
+    first, again = (trainer.compute_loss(trainer.model, batch) for _ in range(2))
+    assert len(trainer.reference_logps.known) == 3
+    torch.testing.assert_close(first, again)
+    grads = (torch.autograd.grad(loss, parameters) for loss in (first, again))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    # Other batches of the same rows find it too; one with a new conflict asks the reference.
+    part = HybridCollator(pack)(trainer.rows[:3])
+    found = trainer.reference_logps.find(part)
+    trainer.reference_logps.known.clear()
+    assert trainer.reference_logps.find(part) is None
+    trainer.compute_loss(trainer.model, part)
+    torch.testing.assert_close(trainer.reference_logps.find(part), found)
+
+
 def test_a_punished_pair_may_have_one_side(base, tmp_path):
     half = [row | {"category": "punish", "rejected": None} for row in rows()[:6]]
     trainer = make(base, None, tmp_path, rows=half)

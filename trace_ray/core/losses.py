@@ -79,7 +79,13 @@ def npo(logratio_w: Tensor, logratio_l: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(-beta * logratio_w) - F.logsigmoid(-beta * logratio_l)
 
 
-def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
+def retain_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor,
+    at: Tensor | None = None,
+    ref_at: Tensor | None = None,
+) -> Tensor:
     """Return KL(pi_ref || pi_theta), the mean over each sequence's response tokens.
 
         KL_t = sum_v p_ref(v) [log p_ref(v) - log p_theta(v)]
@@ -90,17 +96,19 @@ def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor, at: Tensor | Non
 
     Args:
         logits: z, [N, R, V] or, with ``at``, a table [K, V]; see ``logprobs.token_logps``.
-        ref_logits: z_ref, of the same shape; no gradient flows into them.
+        ref_logits: z_ref, of the same shape, or a table of their own with ``ref_at``; no gradient
+            flows into them.
         mask: [N, R], non-zero on the response tokens of y_w.
         at: [N, R] int64, each response token's row of the table.
+        ref_at: its row of the reference's table; None = ``at``.
 
     Returns:
         [N] float32 (float64 for float64 logits); 0 for a sequence without response tokens.
     """
     table, places = as_table(logits, at)
-    ref_table, _ = as_table(ref_logits.detach(), at)
+    ref_table, ref_places = as_table(ref_logits.detach(), at if ref_at is None else ref_at)
     rows, columns = mask.nonzero(as_tuple=True)
-    token_kl = row_kl(table, ref_table, places[rows, columns])
+    token_kl = row_kl(table, places[rows, columns], ref_table, ref_places[rows, columns])
     tokens = mask.bool().sum(-1).clamp(min=1)
     return token_kl.new_zeros(len(mask)).index_add(0, rows, token_kl) / tokens
 

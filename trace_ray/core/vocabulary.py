@@ -38,18 +38,19 @@ def picked_logps(table: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
     return _PickedLogps.apply(table, distinct, place, labels)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
-def row_kl(table: Tensor, ref_table: Tensor, rows: Tensor) -> Tensor:
-    """Return KL(softmax z_ref[row] || softmax z[row]); no gradient flows into z_ref.
+def row_kl(table: Tensor, rows: Tensor, ref_table: Tensor, ref_rows: Tensor) -> Tensor:
+    """Return KL(softmax z_ref[ref_row] || softmax z[row]); no gradient flows into z_ref.
 
     Args:
         table: z, [K, V], any float dtype.
-        ref_table: z_ref, likewise.
         rows: [M] int64, may repeat.
+        ref_table: z_ref, [K', V].
+        ref_rows: [M] int64.
 
     Returns:
         [M] float32 (float64 for float64 logits), exactly 0 where the logits are equal.
     """
-    kl: Tensor = _RowKL.apply(table, ref_table.detach(), rows)  # pyright: ignore[reportAssignmentType]
+    kl: Tensor = _RowKL.apply(table, rows, ref_table.detach(), ref_rows)  # pyright: ignore[reportAssignmentType]
     return kl
 
 
@@ -107,25 +108,28 @@ class _PickedLogps(torch.autograd.Function):
 
 class _RowKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ref_table: Tensor, rows: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, table: Tensor, rows: Tensor, ref_table: Tensor, ref_rows: Tensor
+    ) -> Tensor:
         kl, lse, ref_lse = (upcast(table.new_zeros(len(rows))) for _ in range(3))
         for start, end in _chunks(len(rows), table.shape[1]):
-            theta, ref = (upcast(each[rows[start:end]]) for each in (table, ref_table))
+            theta = upcast(table[rows[start:end]])
+            ref = upcast(ref_table[ref_rows[start:end]])
             lse[start:end], ref_lse[start:end] = theta.logsumexp(-1), ref.logsumexp(-1)
             probs = (ref - ref_lse[start:end, None]).exp_()
             kl[start:end] = torch.linalg.vecdot(probs, ref - theta)
         kl += lse - ref_lse
-        ctx.save_for_backward(table, ref_table, rows, lse, ref_lse)
+        ctx.save_for_backward(table, rows, ref_table, ref_rows, lse, ref_lse)
         return kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        table, ref_table, rows, lse, ref_lse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        table, rows, ref_table, ref_rows, lse, ref_lse = ctx.saved_tensors
         found = torch.zeros_like(table)
         for start, end in _chunks(len(rows), table.shape[1]):
             part = (upcast(table[rows[start:end]]) - lse[start:end, None]).exp_()
-            part -= (upcast(ref_table[rows[start:end]]) - ref_lse[start:end, None]).exp_()
+            part -= (upcast(ref_table[ref_rows[start:end]]) - ref_lse[start:end, None]).exp_()
             part *= grad[start:end, None]
             found.index_add_(0, rows[start:end], part.to(table.dtype))
-        return found, None, None
+        return found, None, None, None

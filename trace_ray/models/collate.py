@@ -123,18 +123,29 @@ class HybridCollator:
     """Share common prefixes instead of padding."""
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
-        """Return the batch; ``paired`` holds the rows whose ``rejected`` is in it, ``pair_ids`` all ids."""
+        """Return the batch.
+
+        ``paired`` holds the rows whose ``rejected`` is in it, ``conflict`` [B] float32 is 1 on INVERT
+        and PUNISH rows, and ``retained`` is a batch of the other rows alone, where there are any.
+        """
         paired = [i for i, row in enumerate(rows) if row.rejected_ids]
         sequences = [(row.prompt_ids, row.chosen_ids) for row in rows]
         sequences += [(rows[i].prompt_ids, rows[i].rejected_ids) for i in paired]
         lay_out = pack_exchanges if self.pack else pad_sequences
-        return lay_out(sequences) | {
+        batch: dict[str, Any] = lay_out(sequences)
+        batch |= {
+            "pair_ids": [row.pair_id for row in rows],
             "category": torch.tensor([CATEGORY_CODES[row.category] for row in rows]),
             "weight": torch.tensor([row.weight for row in rows], dtype=torch.float32),
             "smoothing": torch.tensor([row.smoothing for row in rows], dtype=torch.float32),
             "paired": torch.tensor(paired, dtype=torch.int64),
-            "pair_ids": [row.pair_id for row in rows],
         }
+        retained = [row.category is Category.RETAIN for row in rows]
+        batch["conflict"] = 1.0 - torch.tensor(retained, dtype=torch.float32)
+        if any(retained):
+            kept = [(r.prompt_ids, r.chosen_ids) for r in rows if r.category is Category.RETAIN]
+            batch["retained"] = lay_out(kept)
+        return batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,18 +70,7 @@ def pack_exchanges(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str
         ``gather`` [S, R] int64, for each response token the row of ``keep`` that predicts it;
         ``labels`` [S, R] int64 and ``mask`` [S, R] float32 as in ``collate.pad_sequences``.
     """
-    first: dict[tuple[int, ...], int] = {}
-    for s, (prompt, _) in enumerate(sequences):
-        first.setdefault(tuple(prompt), s)
-    groups = [first[tuple(prompt)] for prompt, _ in sequences]
-    order = sorted(range(len(sequences)), key=lambda s: groups[s])
-    trie = build_trie([[*sequences[s][0], *sequences[s][1]] for s in order])
-    paths = dict(zip(order, trie.paths, strict=True))
-    bounds: dict[int, int] = {}
-    reached = 0
-    for s in order:
-        reached = max(reached, max(paths[s]) + 1)
-        bounds[groups[s]] = reached
+    trie, paths, bounds = _side_by_side(sequences)
     predictors = [paths[s][len(prompt) - 1 : -1] for s, (prompt, _) in enumerate(sequences)]
     keep = sorted({place for places in predictors for place in places})
     row_of = {place: row for row, place in enumerate(keep)}
@@ -96,7 +85,7 @@ def pack_exchanges(sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str
         "input_ids": trie.input_ids,
         "position_ids": trie.position_ids,
         "attention_mask": trie.attention_mask,
-        "bounds": torch.tensor([0, *dict.fromkeys(bounds.values())]),
+        "bounds": torch.tensor(bounds),
         "keep": torch.tensor(keep),
         "gather": gather,
         "labels": labels,
@@ -146,6 +135,22 @@ def pack_groups(groups: Sequence[Sequence[tuple[list[int], list[int]]]]) -> dict
         "attention_mask": seen,
         "keep": torch.cat(keep),
     } | joined
+
+
+def _side_by_side(
+    sequences: Sequence[tuple[list[int], list[int]]],
+) -> tuple[Trie, dict[int, list[int]], list[int]]:
+    """Return the trie with the exchanges of one prompt together, their paths, and its bounds."""
+    first: dict[tuple[int, ...], int] = {}
+    groups = [first.setdefault(tuple(prompt), s) for s, (prompt, _) in enumerate(sequences)]
+    order = sorted(range(len(sequences)), key=groups.__getitem__)
+    trie = build_trie([[*sequences[s][0], *sequences[s][1]] for s in order])
+    paths = dict(zip(order, trie.paths, strict=True))
+    ends: dict[int, int] = {}
+    reached = 0
+    for s in order:
+        ends[groups[s]] = reached = max(reached, max(paths[s]) + 1)
+    return trie, paths, [0, *dict.fromkeys(ends.values())]
 
 
 def can_pack(config: Any, max_length: int) -> bool:

@@ -2,8 +2,8 @@
 
 Only the loss, the batches and their order are ours; optimizer, schedule, clipping, checkpoints and
 resuming are transformers.Trainer's. The reference pass runs on the same weights with the deployed
-adapter switched in, in the same padded batch and precision, so that every margin is exactly 0
-before the first step (dropout aside).
+adapter switched in, in the same batch and precision, so that every margin is exactly 0 before the
+first step (dropout aside); what it gave is used again in later epochs (``reference_logps``).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, 
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.fused_lora import fuse
 from trace_ray.models.policy_model import reference, save_adapter
+from trace_ray.models.reference_logps import ReferenceLogps
 from trace_ray.types import Category
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class RealignTrainer(Trainer):
         tokens = sum(len(row.chosen_ids) for row in self.rows)
         self.sft_tokens = config.batch_size * tokens / len(self.rows)
         self.terms: dict[str, list[float]] = {}
+        self.reference_logps = ReferenceLogps()
         self.autocast = autocast_dtype(config)
         fuse(model, self.autocast)
         super().__init__(
@@ -131,7 +133,7 @@ class RealignTrainer(Trainer):
             loss = losses.sft(token_logps, inputs["mask"], self.sft_tokens)
             self._note({"sft": loss.detach()})
         else:
-            loss = self._hybrid_loss(model, inputs, logits)
+            loss = self._hybrid_loss(model, inputs, logits, at)
         if not torch.isfinite(loss):
             raise TrainError(
                 f"step {self.state.global_step + 1}: the loss is not finite; lower "
@@ -149,23 +151,27 @@ class RealignTrainer(Trainer):
             return response_logits(model, batch)
 
     def _hybrid_loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        logits: torch.Tensor,
+        self, model: torch.nn.Module, batch: dict[str, Any], logits: torch.Tensor, at: torch.Tensor
     ) -> torch.Tensor:
-        n_rows, paired = len(batch["category"]), batch["paired"]
+        n_rows, paired, conflict = len(batch["category"]), batch["paired"], batch["conflict"]
+        retained = (conflict == 0).nonzero().squeeze(1)
         # A retained row needs no log-probability, only the KL.
-        conflict = (batch["category"] != losses.RETAIN).float()
         mask = batch["mask"] * torch.cat([conflict, conflict[paired]])[:, None]
+        ref_logps = self.reference_logps.find(batch)
         with reference(self.accelerator.unwrap_model(model)):
-            ref_logits, at = self._predict(model, batch)
-            ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], mask, at)
+            if ref_logps is None:
+                ref_logits, ref_at = self._predict(model, batch)
+                ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], mask, ref_at)
+                self.reference_logps.keep(batch, ref_logps)
+                ref_at = ref_at[retained]
+            elif len(retained):
+                ref_logits, ref_at = self._predict(model, batch["retained"])
+            else:
+                ref_logits, ref_at = logits, at[retained]
         logps = logprobs.sequence_logps(logits, batch["labels"], mask, at)
         logratio = logps - ref_logps
         lengths = batch["mask"].sum(1)
-        retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
-        kl = losses.retain_kl(logits, ref_logits, batch["mask"][retained], at[retained])
+        kl = losses.retain_kl(logits, ref_logits, batch["mask"][retained], at[retained], ref_at)
         terms = losses.HybridTerms(
             chosen_logratio=logratio[:n_rows],
             rejected_logratio=losses.to_rows(logratio[n_rows:], paired, n_rows),
