@@ -238,16 +238,20 @@ def test_ingest_refuses(cluster, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.jsonl.gz", "bad.jsonl", "cut.jsonl.gz"]
 
 
-def test_unknown_columns_are_named_before_anything_is_read(tmp_path):
-    path = tmp_path / "data.parquet"
-    pq.write_table(pa.Table.from_pylist([{"question": "a", "good": "b", "bad": "c"}]), path)
+@pytest.mark.parametrize("name", ["data.parquet", "data.jsonl"])
+def test_unknown_columns_are_named_before_anything_is_read(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([{"question": "a", "good": "b", "bad": "c"}]), path)
+    else:
+        write_jsonl(path, [b"", b"{", {"question": "a", "bad": "c"}, {"good": "b"}])
     for schema, missing in (
         ("pairs", "chosen, rejected"),
         ({"chosen": "good", "rejected": "x"}, "x"),
     ):
-        with pytest.raises(DataError, match="its columns are bad, good, question") as caught:
+        with pytest.raises(DataError, match="its columns are bad, good, question: name") as caught:
             ingest(path, schema, tmp_path / "out", tmp_path / "bad.jsonl")
-        assert f"no column {missing} in the first 1 rows of {path}" in str(caught.value)
+        assert f"{path} has no column {missing}" in str(caught.value)
 
 
 KILLED = """

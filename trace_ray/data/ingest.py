@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.data.files import PART_BYTES, Part, Source, locate, split
-from trace_ray.data.schemas import FieldError, Schema, needed_columns
+from trace_ray.data.schemas import Schema, needed_columns
 from trace_ray.data.shards import (
     Bucket,
     Finish,
@@ -37,7 +37,7 @@ from trace_ray.data.shards import (
     finish_shard,
     parse_shard,
 )
-from trace_ray.data.sources import BadRow, decoded, part_rows
+from trace_ray.data.sources import BadRow, column_names
 from trace_ray.errors import DataError
 
 _BUCKET_ROWS = 4_000_000
@@ -233,24 +233,15 @@ def _answer(
 
 
 def _check_columns(source: Source, schema: Schema) -> None:
-    """Refuse a schema whose columns the first rows don't have, before anything is read."""
-    present: set[str] = set()
-    looked = 0
-    for file in source.files[:1]:
-        for _, raw in itertools.islice(part_rows(source, Part(file)), 100):
-            try:
-                row = None if raw is None else decoded(raw)
-            except FieldError:
-                continue
-            if row is not None:
-                present |= row.keys()
-                looked += 1
+    """Refuse a schema whose columns the first file doesn't have, before anything is read."""
+    file = source.files[0]
+    present = set(column_names(source, file))
     missing = [name for name in needed_columns(schema) if name not in present]
-    if looked and missing:
+    if present and missing:
         raise DataError(
-            f"{source.text}: data.schema: no column {', '.join(missing)} in the first {looked} rows of "
-            f"{source.files[0].name}; its columns are {', '.join(sorted(present))}: name another "
-            "schema, or map the columns: {prompt: ..., chosen: ..., rejected: ...}"
+            f"{source.text}: data.schema: {file.name} has no column {', '.join(missing)}; its columns "
+            f"are {', '.join(sorted(present))}: name another schema, or map the columns: "
+            "{prompt: ..., chosen: ..., rejected: ...}"
         )
 
 

@@ -8,9 +8,11 @@ to its end raises, because nobody knows how many rows are missing. Nothing here 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ from trace_ray.types import Category, EvalPrompt, LabelledResponse, PreferencePa
 
 _SHOWN = 20
 _BATCH = 512
+_LOOKED_AT = 100
 
 T = TypeVar("T")
 
@@ -141,7 +144,7 @@ def parse_row(
 ) -> T | BadRow:
     """Return what ``read`` makes of a raw row, or the row with its fault."""
     try:
-        return read(decoded(raw), f"{file}:{line}")
+        return read(_decoded(raw), f"{file}:{line}")
     except FieldError as error:
         return BadRow(file, line, error.field, error.message, _shown(raw))
 
@@ -161,8 +164,23 @@ def part_rows(source: Source, part: Part) -> Iterator[tuple[int, RawRow | None]]
     return _parquet_rows(source, part) if name.endswith(".parquet") else _jsonl_rows(source, part)
 
 
-def decoded(raw: RawRow) -> Mapping[str, Any]:
-    """Return a raw row as a mapping; FieldError where a line isn't a JSON object."""
+def column_names(source: Source, file: DataFile) -> list[str]:
+    """Return a parquet file's columns, or all that stand in another's first rows; may be empty."""
+    import pyarrow as pa
+
+    names: dict[str, None] = {}
+    if file.name.endswith(".parquet") and source.dataset is None:
+        # A row would take reading its whole row group.
+        with suppress(OSError, pa.ArrowException), open_parquet(source, file) as opened:
+            names = dict.fromkeys(opened.schema_arrow.names)
+        return list(names)
+    for _, raw in itertools.islice(part_rows(source, Part(file)), _LOOKED_AT):
+        with suppress(FieldError):
+            names |= {} if raw is None else dict.fromkeys(_decoded(raw))
+    return list(names)
+
+
+def _decoded(raw: RawRow) -> Mapping[str, Any]:
     if not isinstance(raw, bytes):
         return raw
     try:
