@@ -129,7 +129,9 @@ def score_command(
     seed: Annotated[int, typer.Option(help="Of a fresh adapter.")] = 0,
     max_length: Annotated[int, typer.Option(help="Tokens of prompt plus response.")] = 512,
     method: Annotated[str, typer.Option(help="auto, jvp, ghost or fd.")] = "auto",
-    weights: Annotated[str, typer.Option(help="mean (of all is 1) or l1 (sum to 1).")] = "mean",
+    weights: Annotated[
+        str, typer.Option(help="mean (of all is 1), category (of each is 1) or l1 (sum to 1).")
+    ] = "mean",
     preconditioner: Annotated[str, typer.Option(help="none or adam.")] = "none",
 ) -> None:
     """Score conflicts for one model: impact scores from files, no cluster needed."""

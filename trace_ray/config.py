@@ -230,8 +230,11 @@ class ImpactConfig(Section):
     """Damping: the Hessian is taken as gamma * I."""
     gold_batch: int = Field(default=64, ge=3)
     """Pairs in the gold batch (Algorithm 2)."""
-    weights: Literal["l1", "mean"] = "mean"
-    """``l1``: weights sum to 1 (the paper); ``mean``: their mean is 1."""
+    weights: Literal["l1", "mean", "category"] = "mean"
+    """``l1``: weights sum to 1 (the paper); ``mean``: their mean is 1; ``category``: it is 1 among the
+    INVERT pairs and among the PUNISH pairs."""
+    power: float = Field(default=1.0, ge=0, le=1)
+    """Exponent of the clamped scores: 1 = the paper's weights, 0.5 = less peaked."""
     batch_tokens: int = Field(default=1024, ge=1)
     """Tokens per forward pass; a row longer than that is a batch of its own."""
     preconditioner: Literal["none", "adam"] = "none"

@@ -12,6 +12,9 @@ import yaml
 from trace_ray.types import content_digest
 
 Data = Literal["synthetic", "hh"]
+Variant = Literal["ours", "nll", "paper"]
+"""``ours``: the examples' settings; ``nll``: the same with the paper's weights, that is, with an NLL term
+on preferred responses alone; ``paper``: the paper's loss and weights."""
 ROOT = Path(__file__).resolve().parents[2]
 STORAGE = ".trace-ray/proof"
 
@@ -35,15 +38,14 @@ class Cell:
     objective: str
     seed: int = 0
     flip_labels: float = 0.0
-    nll: bool = True
-    """With the examples' NLL term on preferred responses (``rpo_alpha``); False is the paper's loss."""
+    variant: Variant = "ours"
 
     @property
     def name(self) -> str:
         """A file name, unique among cells."""
         parts = [self.data, self.model, self.objective, f"s{self.seed}"]
         parts += [f"flip{self.flip_labels:g}"] if self.flip_labels else []
-        return "-".join([*parts, *([] if self.nll else ["paper"])])
+        return "-".join([*parts, *([] if self.variant == "ours" else [self.variant])])
 
     @property
     def model_name(self) -> str:
@@ -62,8 +64,10 @@ class Cell:
         realign["models"][0]["adapter"] = f"models:/trace-{self.model_name}@champion"
         realign["training"]["objective"] = self.objective
         realign["flip_labels"] = self.flip_labels
-        if not self.nll:
+        if self.variant == "paper":
             realign["training"]["rpo_alpha"] = 0.0
+        if self.variant != "ours":
+            realign["training"]["impact"] |= {"weights": "mean", "power": 1.0}
         if self.objective in ("trace_oracle", "dpo_gold"):
             replies = Path(STORAGE, "..", "demo", "replies.jsonl")
             realign["oracle"] = {"kind": "file", "path": str(ROOT / replies)}
@@ -83,8 +87,11 @@ def all_cells() -> list[Cell]:
     for seed in range(3):
         for objective in ("trace", "naive_dpo", "dpo_gold", "u2a"):
             cells.append(Cell("synthetic", "smollm2", objective, seed))
-        cells.append(Cell("synthetic", "smollm2", "naive_dpo", seed, nll=False))
-        cells.append(Cell("synthetic", "smollm2", "trace", seed, nll=False))
+        cells += [
+            Cell("synthetic", "smollm2", objective, seed, variant="paper")
+            for objective in ("trace", "naive_dpo")
+        ]
+    cells.append(Cell("synthetic", "smollm2", "trace", variant="nll"))
     cells += [
         Cell("synthetic", "smollm2", objective)
         for objective in ("trace_oracle", "no_impact", "no_triage", "no_kl")

@@ -15,7 +15,7 @@ from cells import Cell, all_cells
 from run import read_results
 
 OUT = Path(__file__).with_name("RESULTS.md")
-Line = tuple[str, str, str, float, bool]
+Line = tuple[str, str, str, float, str]
 TITLES = {
     "synthetic": "Synthetic value shift, held-out topics",
     "hh": "hh-rlhf (harmless), held-out dialogues",
@@ -33,7 +33,8 @@ def main() -> None:
         "# What the method does on real models",
         "Made by `python benchmarks/proof/run.py && python benchmarks/proof/table.py`. Agreement (TPA) is "
         "judged by the policy's checks, not by the judge that did the triage. `paper` marks the paper's "
-        "loss; the other lines add the NLL term of `rpo_alpha`. TPA and BLiMP in points, KL in nats.",
+        "loss and weights; `nll` adds the NLL term of `rpo_alpha`; the other lines, the examples' settings, "
+        "have tempered weights by category too. TPA and BLiMP in points, KL in nats.",
     ]
     for (data, model), title in _tables(lines):
         parts += [f"## {title}", _table(data, model, lines)]
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _line(cell: Cell) -> Line:
-    return (cell.data, cell.model, cell.objective, cell.flip_labels, cell.nll)
+    return (cell.data, cell.model, cell.objective, cell.flip_labels, cell.variant)
 
 
 def _tables(lines: dict[Line, Any]) -> list[tuple[tuple[str, str], str]]:
@@ -59,13 +60,14 @@ def _table(data: str, model: str, lines: dict[Line, dict[int, dict[str, Any]]]) 
         "|---|---|---|---|---|---|---|---|",
     ]
     mine = {line: seeds for line, seeds in lines.items() if line[:2] == (data, model)}
-    trace = mine.get((data, model, "trace", 0.0, True), {})
+    trace = mine.get((data, model, "trace", 0.0, "ours"), {})
     if trace:
         rows.append(_row("deployed", trace, {}, "before"))
-    order = sorted(mine, key=lambda line: (line[3], not line[4], line[2] != "trace", line[2]))
+    order = sorted(mine, key=lambda line: (line[3], line[4] != "ours", line[2] != "trace", line[2]))
     for line in order:
-        _, _, objective, flips, nll = line
-        name = objective + ("" if nll else ", paper") + (f", {flips:.0%} flipped" if flips else "")
+        _, _, objective, flips, variant = line
+        name = objective + ("" if variant == "ours" else f", {variant}")
+        name += f", {flips:.0%} flipped" if flips else ""
         rows.append(_row(name, mine[line], trace if mine[line] is not trace else {}, "after"))
     return "\n".join(rows)
 

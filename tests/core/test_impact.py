@@ -222,3 +222,28 @@ def test_weights_properties(values: list[float], seed: int, scale: float) -> Non
     order = torch.randperm(len(raw), generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(weights(raw[order], "l1").weights, l1.weights[order])
     torch.testing.assert_close(weights(raw * scale, "l1").weights, l1.weights)
+
+
+def test_weights_by_category_and_power_by_hand() -> None:
+    raw = torch.tensor([4.0, 1.0, -2.0, 0.01, 0.03])
+    kinds = [Category.INVERT] * 3 + [Category.PUNISH] * 2
+    found = weights(raw, "category", kinds)
+    # INVERT: 4, 1, 0 with mean 5/3; PUNISH: 0.01, 0.03 with mean 0.02.
+    assert found.weights.tolist() == pytest.approx([2.4, 0.6, 0.0, 0.5, 1.5])
+    assert found.share_clamped == pytest.approx(0.2)
+    tempered = weights(raw, "category", kinds, power=0.5)
+    # Square roots 2, 1, 0 with mean 1; the clamped row stays out.
+    assert tempered.weights.tolist()[:3] == pytest.approx([2.0, 1.0, 0.0])
+    assert tempered.effective_sample_size > found.effective_sample_size
+    flat = weights(raw[:3], "mean", power=0.0)
+    assert flat.weights.tolist() == pytest.approx([1.5, 1.5, 0.0])
+
+
+def test_a_category_without_a_positive_score_weighs_alike() -> None:
+    found = weights(
+        torch.tensor([1.0, 3.0, -1.0, -2.0]),
+        "category",
+        [Category.INVERT] * 2 + [Category.PUNISH] * 2,
+    )
+    assert found.weights.tolist() == pytest.approx([0.5, 1.5, 1.0, 1.0])
+    assert found.fallback_uniform

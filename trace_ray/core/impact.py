@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trace_ray.core.derivatives import Params
-from trace_ray.core.losses import INVERT, PUNISH
+from trace_ray.core.losses import CATEGORY_CODES, INVERT, PUNISH
 from trace_ray.errors import DataError
 from trace_ray.types import Category, Prompt, TriagedPair, prompt_from_rows
 
@@ -223,26 +223,35 @@ class WeightSummary:
     """Training weights of all conflicts of one model, and what the clamp did to them."""
 
     weights: Tensor
-    """[N] float64, >= 0; they sum to 1 (``l1``) or have mean 1 (``mean``)."""
+    """[N] float64, >= 0; they sum to 1 (``l1``) or have mean 1 (``mean``, ``category``)."""
     share_clamped: float
     """Share of conflicts with a raw score <= 0, whose weight was clamped to 0."""
     effective_sample_size: float
     """(sum w)^2 / sum w^2, from 1 (one conflict has all the weight) to N (uniform)."""
     fallback_uniform: bool
-    """All raw scores were <= 0, so the weights are uniform instead."""
+    """All raw scores (of a category, where it is normalised alone) were <= 0: they weigh alike."""
 
 
-def weights(raw: Tensor, mode: Literal["l1", "mean"]) -> WeightSummary:
-    """Return w = max(0, s), normalised over ALL conflicts of a model.
+WeightMode = Literal["l1", "mean", "category"]
 
-        l1:    w_i / sum_k w_k   (arXiv 2511.02623, Algorithm 1)
-        mean:  N w_i / sum_k w_k, so a typical conflict weighs 1 at any N
 
-    If every score is <= 0 the sum is 0 and the weights are uniform.
+def weights(
+    raw: Tensor, mode: WeightMode, categories: Sequence[Category] = (), power: float = 1.0
+) -> WeightSummary:
+    """Return w = max(0, s)^power, normalised over the conflicts of a model.
+
+        l1:        w_i / sum_k w_k, over ALL conflicts (arXiv 2511.02623, Algorithm 1)
+        mean:      N w_i / sum_k w_k, so a typical conflict weighs 1 at any N
+        category:  the same within INVERT and within PUNISH: a punished pair's score is a sum of two
+                   derivatives, an inverted one's a difference, so their scales can't be compared
+
+    If every score (of a category) is <= 0, the sum is 0 and its weights are uniform.
 
     Args:
         raw: s, [N], the raw scores of INVERT and PUNISH rows only; N = 0 gives empty weights.
         mode: the normalisation.
+        categories: [N], needed by ``category``.
+        power: 1 is the paper's; less makes the weights less peaked; 0 leaves the clamp alone.
 
     Raises:
         DataError: a score is NaN or infinite.
@@ -254,10 +263,23 @@ def weights(raw: Tensor, mode: Literal["l1", "mean"]) -> WeightSummary:
     n = len(raw)
     if n == 0:
         return WeightSummary(raw, 0.0, 0.0, False)
+    groups = [torch.ones(n, dtype=torch.bool)]
+    if mode == "category":
+        codes = torch.tensor([CATEGORY_CODES[category] for category in categories])
+        groups = [codes == code for code in codes.unique()]
+    values, fallback = torch.zeros_like(raw), False
+    for group in groups:
+        values[group], uniform = _mean_one(raw[group], power)
+        fallback = fallback or uniform
+    size = float(values.sum().square() / values.square().sum())
+    share_clamped = float((raw <= 0).double().mean())
+    return WeightSummary(values / n if mode == "l1" else values, share_clamped, size, fallback)
+
+
+def _mean_one(raw: Tensor, power: float) -> tuple[Tensor, bool]:
+    """Return max(0, s)^power with mean 1, and whether there was nothing but zeros to normalise."""
     positive = raw.clamp(min=0)
-    share_clamped = float((positive == 0).double().mean())
-    fallback = share_clamped == 1.0
-    shares = torch.ones_like(raw) if fallback else positive / positive.max()
-    shares = shares / shares.sum()
-    size = 1.0 / float(shares.square().sum())
-    return WeightSummary(shares if mode == "l1" else shares * n, share_clamped, size, fallback)
+    if not bool((positive > 0).any()):
+        return torch.ones_like(raw), True
+    tempered = torch.where(positive > 0, (positive / positive.max()) ** power, 0.0)
+    return tempered / tempered.mean(), False

@@ -204,7 +204,9 @@ def _summary(
             f"{len(bad)} of {len(raw)} impact scores are NaN or infinite, the first for pairs "
             f"{', '.join(bad[:5])}: look at these rows, and at the model's weights and deployed adapter"
         )
-    found = weights(torch.tensor(list(raw), dtype=torch.float64), settings.weights)
+    categories = [row.category for row in conflicts]
+    scores_ = torch.tensor(list(raw), dtype=torch.float64)
+    found = weights(scores_, settings.weights, categories, settings.power)
     scores = [
         ImpactScore(row.pair_id, float(value), float(weight))
         for row, value, weight in zip(conflicts, raw, found.weights, strict=True)
