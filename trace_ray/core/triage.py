@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trace_ray.core.verdicts import abstained
 from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
 
 
@@ -47,6 +48,13 @@ def counts(triaged: Iterable[TriagedPair]) -> dict[str, int]:
     for row in triaged:
         found[str(row.category)] += 1
     return {"pairs": sum(found.values()), **found}
+
+
+def in_review(row: TriagedPair) -> bool:
+    """Return whether the pair is UNJUDGED because a judge left a verdict it needs to a person."""
+    if row.category is not Category.UNJUDGED:
+        return False
+    return abstained(row.verdict_chosen) or abstained(row.verdict_rejected)
 
 
 def n_conflicts(triaged: Iterable[TriagedPair]) -> int:
