@@ -22,6 +22,7 @@ from trace_ray.rollout import report as reports
 from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, read_inputs
 from trace_ray.rollout.realign import Deployed, ModelJob, realign
+from trace_ray.rollout.review import REVIEW, write_review
 from trace_ray.runtime.cluster import connected, result
 from trace_ray.runtime.fit_judge import JudgeCard, require_auc
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
@@ -89,6 +90,7 @@ def apply(config_path: str) -> dict[str, Any]:
     report = reports.build(
         inputs, triaged.rows, triaged.counts, triaged.card, ingested, results, started
     )
+    write_review(run_dir / REVIEW, inputs.policy, triaged.rows)
     reports.write(inputs, run_dir, report, triaged.rows, results)
     return report
 

@@ -24,7 +24,7 @@ from trace_ray.runtime.fit_judge import (
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.stored_judge import StoredJudge
-from trace_ray.runtime.verdict_store import VerdictStore
+from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
 from trace_ray.types import LabelledResponse, Verdict, content_digest
 
 _ASKS = ("engine", "fit", "openai", "script")
@@ -162,6 +162,20 @@ def ask(spec: JudgeSpec, exchanges: Sequence[Exchange]) -> list[Verdict]:
     A judge with an engine runs in a Ray worker (Ray has to be up), any other one here.
     """
     return _run_judge(spec, _ask, spec, list(exchanges))
+
+
+def open_judge(inputs: Inputs) -> JudgeSpec:
+    """Return the config's judge outside a run: no board to report to, no bar to pass."""
+    return prepared_judge(inputs, Reporter(None, "judge"))[0]
+
+
+def store_named_by(inputs: Inputs) -> dict[str, set[str]]:
+    """Return what a config's judge is asked about, by judge: what ``verdicts gc`` keeps."""
+    if inputs.config.judge is None:
+        return {}
+    spec = open_judge(inputs)
+    by_clause = spec.config.granularity == "clause"
+    return {spec.digest: {CLAUSES if by_clause else inputs.policy.digest}}
 
 
 def has_engine(config: JudgeConfig) -> bool:
