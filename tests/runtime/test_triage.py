@@ -172,13 +172,8 @@ def test_gc_removes_what_nobody_names_but_no_persons_word(store):
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    import ray
-
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     with connected():
         yield
-    ray.shutdown()
 
 
 def test_triage_through_ray_with_rules_over_a_folder_of_shards(ray_cluster, tmp_path):
