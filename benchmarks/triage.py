@@ -18,7 +18,7 @@ import typer
 
 
 def make_pairs(folder: Path, n: int, per_file: int = 100_000) -> None:
-    """Write ``n`` distinct pairs: the synthetic benchmark's, over and over, each with its own topic."""
+    """Write ``n`` distinct pairs: the synthetic benchmark's over and over, their texts numbered."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -33,6 +33,10 @@ def make_pairs(folder: Path, n: int, per_file: int = 100_000) -> None:
             rows[i % len(rows)]
             | {
                 "pair_id": f"{i:016x}",
+                "prompt": [
+                    {"role": turn["role"], "content": f"{turn['content']} ({i})"}
+                    for turn in rows[i % len(rows)]["prompt"]
+                ],
                 "chosen": f"{rows[i % len(rows)]['chosen']} ({i})",
                 "rejected": f"{rows[i % len(rows)]['rejected']} ({i})",
             }

@@ -76,7 +76,7 @@ class When(PolicyPart):
     def matches(self, prompt: str, response: str) -> bool:
         """Return whether the exchange meets the condition (both texts already plain)."""
         return (self.regex is None or _find(self.regex, response) is not None) and (
-            self.prompt_regex is None or _find(self.prompt_regex, prompt) is not None
+            self.prompt_regex is None or _prompt_matches(self.prompt_regex, prompt)
         )
 
 
@@ -307,6 +307,12 @@ def _phrase(phrase: str) -> re.Pattern[str]:
 
 def _find(pattern: str, text: str) -> re.Match[str] | None:
     return _compiled(pattern).search(text)
+
+
+@lru_cache(maxsize=64)
+def _prompt_matches(pattern: str, prompt: str) -> bool:
+    """Several clauses ask the same of one prompt, as a condition and as an exception."""
+    return _find(pattern, prompt) is not None
 
 
 def _has(phrase: str, text: str) -> bool:

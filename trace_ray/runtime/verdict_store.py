@@ -129,7 +129,6 @@ class VerdictStore:
         kept = [row for row in found if is_stored(row[2])]
         if not kept:
             return
-        kept.sort(key=lambda row: (row[0], row[1]))
         columns: dict[str, Any] = {
             "subject": [subject for subject, _, _ in kept],
             "id": pa.array([int(each, 16) for _, each, _ in kept], pa.uint64()),
