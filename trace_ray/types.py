@@ -188,6 +188,8 @@ class LabelledResponse:
     violates: bool
     group: str = ""
     """Rows of one group (a topic, a dialogue) never stand on both sides of a held-out split."""
+    clause: str = ""
+    """Id of the clause that the label is about, where it names one."""
 
     def to_row(self) -> dict[str, Any]:
         return {
@@ -195,12 +197,18 @@ class LabelledResponse:
             "response": self.response,
             "violates": self.violates,
             "group": self.group,
+            "clause": self.clause,
         }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> LabelledResponse:
-        group = row.get("group") or ""
-        return cls(prompt_from_rows(row["prompt"]), row["response"], bool(row["violates"]), group)
+        return cls(
+            prompt_from_rows(row["prompt"]),
+            row["response"],
+            bool(row["violates"]),
+            row.get("group") or "",
+            row.get("clause") or "",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import cohen_kappa_score
 
 from trace_ray.core.metrics import (
     accuracy,
     auc,
     best_threshold,
     bootstrap_interval,
+    cohen_kappa,
     distinct_n,
+    expected_calibration_error,
     paired_difference_interval,
 )
 from trace_ray.errors import DataError
@@ -118,3 +121,25 @@ def test_distinct_n_by_hand() -> None:
     assert distinct_n(["a a a"], n=1) == pytest.approx(1 / 3)
     assert distinct_n(["one", ""]) == 0.0
     assert distinct_n([]) == 0.0
+
+
+def test_cohen_kappa_by_hand_and_against_scikit_learn() -> None:
+    # 10 items, agree on 7; margins 5/10 and 6/10: p_e = .3 + .2 = .5, kappa = (.7 - .5) / .5.
+    a = [1, 1, 1, 1, 0, 1, 0, 0, 0, 0]
+    b = [1, 1, 1, 1, 1, 0, 1, 0, 0, 0]
+    assert cohen_kappa(a, b) == pytest.approx(0.4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 2, (2, 30))
+        assert cohen_kappa(x, y) == pytest.approx(cohen_kappa_score(x, y))
+    assert cohen_kappa([1, 1], [1, 1]) is None
+    with pytest.raises(DataError, match="same items"):
+        cohen_kappa([1], [1, 0])
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    # Bin (0.1, 0.2]: 0.2, 0.2, labels 0, 1: gap |0.5 - 0.2|; bin (0.9, 1]: 1.0, label 1: gap 0.
+    assert expected_calibration_error([0, 1, 1], [0.2, 0.2, 1.0]) == pytest.approx(2 * 0.3 / 3)
+    assert expected_calibration_error([0, 0], [0.0, 0.1]) == pytest.approx(0.05)
+    with pytest.raises(DataError):
+        expected_calibration_error([1], [1.5])

@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import pytest
 
-from trace_ray.config import EngineConfig, FileOracle, OpenAIOracle, VLLMOracle
+from trace_ray.config import EngineConfig
+from trace_ray.config.oracle import FileOracle, OpenAIOracle, VLLMOracle
 from trace_ray.core.policy import parse_policy
 from trace_ray.errors import ConfigError, DataError
 from trace_ray.runtime.cluster import connected, run_alone
-from trace_ray.runtime.judge import RuleJudge
+from trace_ray.runtime.judges import rule_judge
 from trace_ray.runtime.oracle import correct, write_replies
 from trace_ray.testing import tiny_model
 from trace_ray.types import Category, Label, Message, PreferencePair, TriagedPair, Verdict
@@ -40,7 +41,7 @@ ROWS = [row(0, Category.PUNISH), row(1, Category.INVERT), row(2, Category.PUNISH
 
 def test_the_first_reply_the_judge_accepts_is_taken_and_the_rest_stays_punish():
     candidates = [["upgrade!", "It is free.", "It costs 3."], ["please upgrade", "  "]]
-    found, accepted = correct(ROWS, candidates, RuleJudge(POLICY).verdicts)
+    found, accepted = correct(ROWS, candidates, rule_judge(POLICY).build().verdicts)
     assert accepted == 1
     first, second, third = found
     assert first.category is Category.INVERT

@@ -7,6 +7,7 @@ word boundaries; any run of white space in them matches any other.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,7 +76,7 @@ class When(PolicyPart):
     def matches(self, prompt: str, response: str) -> bool:
         """Return whether the exchange meets the condition (both texts already plain)."""
         return (self.regex is None or _find(self.regex, response) is not None) and (
-            self.prompt_regex is None or _find(self.prompt_regex, prompt) is not None
+            self.prompt_regex is None or _prompt_matches(self.prompt_regex, prompt)
         )
 
 
@@ -136,6 +137,108 @@ class Checks(PolicyPart):
         )
 
 
+class PolicyRules:
+    """A policy's checks, prepared once (``Policy.rules``) for many exchanges."""
+
+    def __init__(self, policy: Policy):
+        by_id = {clause.id: clause for clause in policy.clauses}
+        self.judge_id = f"rules@{policy.digest[:8]}"
+        self.clauses = sorted(policy.clauses, key=lambda clause: clause.tier.rank)
+        """In tier order, then file order."""
+        self.checked = [clause for clause in self.clauses if clause.checks is not None]
+        self.contexts = {
+            clause.id: [
+                policy.contexts[name] for name in clause.exceptions if name in policy.contexts
+            ]
+            for clause in policy.clauses
+        }
+        self.overriding = {
+            clause.id: [
+                checks
+                for name in clause.exceptions
+                if name in by_id and (checks := by_id[name].checks) is not None
+            ]
+            for clause in policy.clauses
+        }
+        skipped = len(self.clauses) - len(self.checked)
+        self.caveat = f"clauses without checks, not judged: {skipped}" if skipped else ""
+
+    def verdict(self, prompt: Prompt, response: str) -> Verdict:
+        """Judge one reply by the whole policy: see ``evaluate_policy``."""
+        if not self.checked:
+            return Verdict.unjudged(self.judge_id, "no clause of the policy has checks")
+        texts = self._plain_texts(prompt, response)
+        if texts is None:
+            return self._too_long()
+        found = next(self._violations(*texts), None)
+        if found:
+            return self._violates(*found)
+        return Verdict(Label.COMPLIES, 0.0, self.judge_id, reason=self.caveat, provenance="rules")
+
+    def clause_verdict(self, clause: Clause, prompt: Prompt, response: str) -> Verdict:
+        """Judge one reply by one clause alone; where the clause doesn't apply, the reply complies."""
+        if clause.checks is None:
+            return Verdict.unjudged(self.judge_id, f"clause {clause.id} has no checks")
+        texts = self._plain_texts(prompt, response)
+        if texts is None:
+            return self._too_long()
+        why = clause.checks.failure(texts[1]) if self._applies(clause, *texts) else None
+        if why is not None:
+            return self._violates(clause, why)
+        return Verdict(Label.COMPLIES, 0.0, self.judge_id, clause=clause.id, provenance="rules")
+
+    def violated(self, prompt: Prompt, response: str) -> tuple[str, ...]:
+        """Return the ids of every clause whose checks ``response`` fails, in tier order."""
+        texts = _plain(_last_user_turn(prompt)), _plain(response)
+        return tuple(clause.id for clause, _ in self._violations(*texts))
+
+    def applicable(self, prompt: Prompt, response: str) -> list[Clause]:
+        """Return the clauses that apply to one exchange, in tier order.
+
+        As far as a machine can tell: a clause is left out where its ``checks.when`` doesn't match,
+        or where one of its exceptions holds. In a text longer than ``MAX_CHARS`` no pattern is
+        searched, so every clause applies.
+        """
+        texts = self._plain_texts(prompt, response)
+        if texts is None:
+            return list(self.clauses)
+        return [clause for clause in self.clauses if self._applies(clause, *texts)]
+
+    def _plain_texts(self, prompt: Prompt, response: str) -> tuple[str, str] | None:
+        asked = _last_user_turn(prompt)
+        if max(len(response), len(asked)) > MAX_CHARS:
+            return None
+        return _plain(asked), _plain(response)
+
+    def _violations(self, asked: str, reply: str) -> Iterator[tuple[Clause, str]]:
+        for clause in self.checked:
+            checks = clause.checks
+            if checks is None or not checks.applies(asked, reply):
+                continue
+            why = checks.failure(reply)
+            if why is not None and not self._is_excepted(clause, asked, reply):
+                yield clause, why
+
+    def _applies(self, clause: Clause, asked: str, reply: str) -> bool:
+        if clause.checks is not None and not clause.checks.applies(asked, reply):
+            return False
+        return not self._is_excepted(clause, asked, reply)
+
+    def _is_excepted(self, clause: Clause, asked: str, reply: str) -> bool:
+        """An exception holds where its context matches, or where the clause it names applies."""
+        return any(context.matches(asked, reply) for context in self.contexts[clause.id]) or any(
+            checks.applies(asked, reply) for checks in self.overriding[clause.id]
+        )
+
+    def _violates(self, clause: Clause, why: str) -> Verdict:
+        return Verdict(
+            Label.VIOLATES, 1.0, self.judge_id, clause=clause.id, reason=why, provenance="rules"
+        )
+
+    def _too_long(self) -> Verdict:
+        return Verdict.unjudged(self.judge_id, f"text of more than {MAX_CHARS} characters")
+
+
 def evaluate_policy(policy: Policy, prompt: Prompt, response: str) -> Verdict:
     """Judge one reply by the clauses' ``checks`` alone.
 
@@ -148,26 +251,12 @@ def evaluate_policy(policy: Policy, prompt: Prompt, response: str) -> Verdict:
         ``violates`` with the first violated clause in tier order (then file order), ``complies``,
         or ``unjudged`` where no clause has checks or a text is longer than ``MAX_CHARS``.
     """
-    judge_id = f"rules@{policy.digest[:8]}"
-    checked = [clause for clause in policy.clauses if clause.checks is not None]
-    if not checked:
-        return Verdict.unjudged(judge_id, "no clause of the policy has checks")
-    if max(len(response), len(_last_user_turn(prompt))) > MAX_CHARS:
-        return Verdict.unjudged(judge_id, f"text of more than {MAX_CHARS} characters")
-    found = _violations(policy, prompt, response)
-    if found:
-        clause, why = found[0]
-        return Verdict(
-            Label.VIOLATES, 1.0, judge_id, clause=clause.id, reason=why, provenance="rules"
-        )
-    skipped = len(policy.clauses) - len(checked)
-    reason = f"clauses without checks, not judged: {skipped}" if skipped else ""
-    return Verdict(Label.COMPLIES, 0.0, judge_id, reason=reason, provenance="rules")
+    return policy.rules.verdict(prompt, response)
 
 
 def violated_clauses(policy: Policy, prompt: Prompt, response: str) -> tuple[str, ...]:
     """Return the ids of every clause whose checks ``response`` fails, in tier order."""
-    return tuple(clause.id for clause, _ in _violations(policy, prompt, response))
+    return policy.rules.violated(prompt, response)
 
 
 def rule_disagreements(policy: Policy) -> tuple[str, ...]:
@@ -197,30 +286,6 @@ def rule_disagreements(policy: Policy) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _violations(policy: Policy, prompt: Prompt, response: str) -> list[tuple[Clause, str]]:
-    asked, reply = _plain(_last_user_turn(prompt)), _plain(response)
-    found: list[tuple[Clause, str]] = []
-    for clause in sorted(policy.clauses, key=lambda clause: clause.tier.rank):
-        if clause.checks is None or not clause.checks.applies(asked, reply):
-            continue
-        why = clause.checks.failure(reply)
-        if why is not None and not _is_excepted(policy, clause, asked, reply):
-            found.append((clause, why))
-    return found
-
-
-def _is_excepted(policy: Policy, clause: Clause, asked: str, reply: str) -> bool:
-    """An exception holds where its context matches, or where the clause it names applies."""
-    for name in clause.exceptions:
-        context = policy.contexts.get(name)
-        if context is not None and context.matches(asked, reply):
-            return True
-        other = next((other for other in policy.clauses if other.id == name), None)
-        if other is not None and other.checks is not None and other.checks.applies(asked, reply):
-            return True
-    return False
-
-
 def _last_user_turn(prompt: Prompt) -> str:
     return next((turn.content for turn in reversed(prompt) if turn.role == "user"), "")
 
@@ -242,6 +307,12 @@ def _phrase(phrase: str) -> re.Pattern[str]:
 
 def _find(pattern: str, text: str) -> re.Match[str] | None:
     return _compiled(pattern).search(text)
+
+
+@lru_cache(maxsize=64)
+def _prompt_matches(pattern: str, prompt: str) -> bool:
+    """Several clauses ask the same of one prompt, as a condition and as an exception."""
+    return _find(pattern, prompt) is not None
 
 
 def _has(phrase: str, text: str) -> bool:

@@ -61,6 +61,54 @@ def best_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
     return middle if middle > below else cut
 
 
+def expected_calibration_error(labels: ArrayLike, scores: ArrayLike, n_bins: int = 10) -> float:
+    """Return the expected calibration error (arXiv 1706.04599, eq. 3), for the positive class.
+
+        ECE = sum over bins b of (n_b / N) * |mean label in b - mean score in b|
+
+    Bins are equally wide over [0, 1], open at the left; a score of 0 is in the first.
+
+    Args:
+        labels: [N] of 0 / 1.
+        scores: [N] in [0, 1]: the probability of 1.
+        n_bins: number of bins.
+
+    Raises:
+        DataError: no values, as many labels as scores not given, or a score outside [0, 1].
+    """
+    truth, p = _finite(labels), _finite(scores)
+    if len(truth) != len(p) or p.min() < 0 or p.max() > 1:
+        raise DataError("calibration needs as many labels as scores, and scores in [0, 1]")
+    bins = np.clip(np.ceil(p * n_bins).astype(int) - 1, 0, n_bins - 1)
+    gaps = np.bincount(bins, weights=truth - p, minlength=n_bins)
+    return float(np.abs(gaps).sum() / len(p))
+
+
+def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Return Cohen's kappa: agreement of two raters beyond chance.
+
+        kappa = (p_o - p_e) / (1 - p_e)
+
+    p_o: share of items they agree on; p_e: the share expected of raters with these margins.
+
+    Args:
+        first: [N] of 0 / 1.
+        second: [N] of 0 / 1, the same items.
+
+    Returns:
+        In [-1, 1]; None where both always say the same one thing (p_e = 1: nothing to learn from).
+
+    Raises:
+        DataError: no items, or not as many of one as of the other.
+    """
+    a, b = np.asarray(first).astype(bool), np.asarray(second).astype(bool)
+    if a.size == 0 or a.shape != b.shape:
+        raise DataError(f"two raters must rate the same items ({a.size} and {b.size})")
+    observed = float((a == b).mean())
+    chance = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
+    return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
 def bootstrap_interval(
     values: ArrayLike, seed: int, n_resamples: int = 2000, confidence: float = 0.95
 ) -> Interval:

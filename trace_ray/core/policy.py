@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 
-from trace_ray.core.checks import Checks, PolicyPart, When
+from trace_ray.core.checks import Checks, PolicyPart, PolicyRules, When
 from trace_ray.errors import ConfigError, problems
 from trace_ray.types import Label, Message, Prompt, content_digest
 
@@ -103,6 +103,29 @@ class Policy(PolicyPart):
         """
         content = _content(self)
         return content_digest({key: content.get(key) for key in _VERDICT_KEYS})
+
+    @cached_property
+    def rules(self) -> PolicyRules:
+        """The clauses' checks, ready to judge."""
+        return PolicyRules(self)
+
+    def clause_key(self, clause_id: str) -> str:
+        """Content id (64 hex digits) of all that can change a verdict on one clause alone.
+
+        That is its id, text and checks, and what its exceptions stand for; not its tier (the tiers
+        are weighed after the judging), its examples or anything else in the policy.
+        """
+        clause = self.clause(clause_id)
+        content = _content(clause)
+        exceptions = [
+            _content(self.contexts[name])
+            if name in self.contexts
+            else {key: _content(self.clause(name)).get(key) for key in ("text", "checks")}
+            for name in clause.exceptions
+        ]
+        return content_digest(
+            [{key: content.get(key) for key in ("id", "text", "checks")}, exceptions]
+        )
 
     def clause(self, clause_id: str) -> Clause:
         """Return the clause with this id.

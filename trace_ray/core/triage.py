@@ -9,6 +9,7 @@ import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 
+from trace_ray.core.verdicts import abstained
 from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
 
 
@@ -49,6 +50,13 @@ def counts(triaged: Iterable[TriagedPair]) -> dict[str, int]:
     for row in triaged:
         found[str(row.category)] += 1
     return {"pairs": sum(found.values()), **found}
+
+
+def in_review(row: TriagedPair) -> bool:
+    """Return whether the pair is UNJUDGED because a judge left a verdict it needs to a person."""
+    if row.category is not Category.UNJUDGED:
+        return False
+    return abstained(row.verdict_chosen) or abstained(row.verdict_rejected)
 
 
 def n_conflicts(triaged: Iterable[TriagedPair]) -> int:

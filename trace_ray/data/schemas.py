@@ -175,16 +175,22 @@ def needed_columns(schema: Schema) -> tuple[str, ...]:
 
 
 def label_row(row: Mapping[str, Any], source: str) -> LabelledResponse:
-    """Read ``{prompt, response, verdict: complies | violates[, group]}``."""
+    """Read ``{prompt, response, verdict: complies | violates[, group][, clause]}``."""
     del source
     verdict = _text(row, "verdict")
     if verdict not in (Label.COMPLIES, Label.VIOLATES):
         raise FieldError("verdict", f"must be complies or violates (got {verdict!r})")
-    group = row.get("group")
-    if group is not None and not isinstance(group, str):
-        raise FieldError("group", f"must be text (got {_kind(group)})")
-    prompt = read_prompt(row, "prompt")
-    return LabelledResponse(prompt, _text(row, "response"), verdict == Label.VIOLATES, group or "")
+    names = {name: row.get(name) for name in ("group", "clause")}
+    for name, value in names.items():
+        if value is not None and not isinstance(value, str):
+            raise FieldError(name, f"must be text (got {_kind(value)})")
+    return LabelledResponse(
+        read_prompt(row, "prompt"),
+        _text(row, "response"),
+        verdict == Label.VIOLATES,
+        names["group"] or "",
+        names["clause"] or "",
+    )
 
 
 def reply_row(row: Mapping[str, Any], source: str) -> tuple[Prompt, str]:

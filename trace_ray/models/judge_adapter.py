@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trace_ray.config import JudgeFitConfig, LoraConfig
-from trace_ray.core.judge_prompt import NO, YES, judge_prompt
+from trace_ray.core.judge_prompt import NO, YES, labelled_questions
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ModelError
 from trace_ray.models.chat import encode_prompt
@@ -92,6 +92,7 @@ def fit_judge_adapter(
     config: JudgeFitConfig,
     out: Path,
     *,
+    by_clause: bool,
     use_cpu: bool,
     on_step: Callable[[int, int], None],
 ) -> None:
@@ -103,8 +104,12 @@ def fit_judge_adapter(
         labels: responses with their true verdicts.
         config: rank, learning rate, epochs, batch size, seed.
         out: folder of the adapter.
+        by_clause: train on questions about single clauses instead of the whole policy.
         use_cpu: train on the CPU.
         on_step: called with (step, all steps).
+
+    Raises:
+        ModelError: by clause, no label says which clause it is about.
     """
     from transformers import Trainer
 
@@ -116,17 +121,24 @@ def fit_judge_adapter(
     yes, no = verdict_token(tokenizer, YES), verdict_token(tokenizer, NO)
     lora = LoraConfig(r=config.r, alpha=2 * config.r, dropout=0.0, targets="all-linear")
     model = load_policy_model(base, None, lora, seed=config.seed)
-    rows = [
-        (encode_prompt(tokenizer, judge_prompt(policy, row.prompt, row.response)), row.violates)
+    asked = [
+        (row.prompt, question, violates)
         for row in labels
+        for question, violates in labelled_questions(policy, row, by_clause=by_clause)
     ]
+    if len({violates for *_, violates in asked}) < 2:
+        raise ModelError(
+            "the judge's labels answer no questions of both kinds: by clause, labels of violations "
+            "have to name their 'clause'"
+        )
+    rows = [(encode_prompt(tokenizer, question), violates) for _, question, violates in asked]
 
     # Replies to one request go into one batch: the trie then holds the request once.
-    requests = list(dict.fromkeys(row.prompt for row in labels))
+    requests = list(dict.fromkeys(request for request, *_ in asked))
     random.Random(config.seed).shuffle(requests)
     place = {prompt: number for number, prompt in enumerate(requests)}
     sampler = BucketSampler(
-        [place[row.prompt] for row in labels], config.batch_size, config.seed, span=len(labels)
+        [place[request] for request, *_ in asked], config.batch_size, config.seed, span=len(asked)
     )
 
     class VerdictTrainer(Trainer):

@@ -6,6 +6,7 @@ and a run whose inputs have not changed does no work.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,19 +16,22 @@ from typing import Any
 from trace_ray import __version__
 from trace_ray.config import ModelConfig
 from trace_ray.core import triage
-from trace_ray.errors import ConfigError, DataError, JudgeError, ModelError, TraceRayError
+from trace_ray.errors import DataError, ModelError, TraceRayError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.conflicts import prepare
+from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, data_digest, read_inputs
 from trace_ray.rollout.realign import Deployed, ModelJob, realign
-from trace_ray.runtime.cluster import connected, result, run_alone
-from trace_ray.runtime.fit_judge import JudgeCard, fit_judge, policy_labels, read_card, require_auc
-from trace_ray.runtime.judge import JudgeSpec, read_triaged, triage_pairs
+from trace_ray.rollout.review import REVIEW, write_review
+from trace_ray.runtime.cluster import connected, result
+from trace_ray.runtime.fit_judge import JudgeCard, require_auc
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import StageResult, write_json
-from trace_ray.types import Category, TriagedPair, content_digest
+from trace_ray.runtime.triage import JudgeCounts, read_triaged, triage_pairs
+from trace_ray.runtime.verdict_store import HUMAN
+from trace_ray.types import Category, TriagedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Triaged:
     """What models train on: the same, but for an oracle's corrections (and flips, in noise studies)."""
     folder: Path | None
     """Stage folder of ``trained``; None for ``sft``, which has no triage."""
-    judge_calls: int
+    counts: JudgeCounts
     card: JudgeCard | None
     corrections: dict[str, int] | None = None
     """How many PUNISH pairs the oracle was asked for, and how many of its replies were accepted."""
@@ -70,7 +74,7 @@ def apply(config_path: str) -> dict[str, Any]:
             pairs, ingested = _ingest(inputs, fleet)
             if inputs.config.objective == "sft":
                 rows = _all_retained(pairs.path)
-                triaged = Triaged(rows, rows, None, 0, None)
+                triaged = Triaged(rows, rows, None, JudgeCounts(), None)
             else:
                 triaged = _triage(inputs, pairs, fleet)
             jobs = [
@@ -91,9 +95,10 @@ def apply(config_path: str) -> dict[str, Any]:
             results = {} if idle else _realign_all(jobs)
             fleet("done", note=f"run {inputs.run_id}")
     report = reports.build(
-        inputs, triaged.rows, triaged.judge_calls, triaged.card, ingested, results, started
+        inputs, triaged.rows, triaged.counts, triaged.card, ingested, results, started
     )
     report["corrections"] = triaged.corrections
+    write_review(run_dir / REVIEW, inputs.policy, triaged.rows)
     reports.write(inputs, run_dir, report, triaged.trained, results)
     return report
 
@@ -134,8 +139,6 @@ def _deployed(
 
 def _ingest(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, int]]:
     """Read the pairs once into parquet; bad rows go to the run's quarantine file."""
-    import json
-
     from trace_ray.data.files import locate
     from trace_ray.data.ingest import ingest
 
@@ -181,91 +184,44 @@ def _all_retained(folder: Path) -> list[TriagedPair]:
     return [TriagedPair(PreferencePair.from_row(row), Category.RETAIN, given) for row in rows]
 
 
-def _judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
-    """Return the judge, fitted and measured; refuse one that isn't good enough."""
-    import dataclasses
-
-    config = inputs.config.judge
-    if config is None:
-        raise ConfigError("the config has no 'judge' section")
-    if config.kind == "rules":
-        spec = JudgeSpec("rules", inputs.policy, f"rules@{inputs.policy.digest[:8]}")
-        return spec, _rules_card(spec, inputs)
-    if not inputs.labels and config.adapter == "auto":
-        raise JudgeError(
-            "judge.adapter: 'auto' fits the judge on labelled responses: name a file in judge.labels"
-        )
-    source = resolve_model(str(config.model), config.revision, inputs.store.models)
-    key = {
-        "model": source.digest,
-        "policy": inputs.policy.digest,
-        "labels": content_digest([row.to_row() for row in inputs.labels]),
-        "config": config.model_dump(
-            mode="json", exclude={"min_auc", "actors", "resources", "labels"}
-        ),
-        "version": __version__,
-    }
-    spec = JudgeSpec(
-        kind="vllm",
-        policy=inputs.policy,
-        judge_id=f"{Path(source.path).name}@{content_digest(key)[:8]}",
-        model_dir=str(source.path),
-        adapter_dir=config.adapter if config.adapter not in (None, "auto") else None,
-        engine=config.engine,
-        num_threads=config.resources.n_threads,
-    )
-
-    def work(out: Path) -> None:
-        run_alone(config.resources, fit_judge, spec, config, inputs.labels, out, fleet)
-
-    stage = inputs.store.stage("judge", key, work)
-    card = read_card(stage.path)
-    adapter = stage.path / "adapter"
-    adapter_dir = str(adapter) if config.adapter == "auto" else spec.adapter_dir
-    return dataclasses.replace(spec, threshold=card.threshold, adapter_dir=adapter_dir), card
-
-
-def _rules_card(spec: JudgeSpec, inputs: Inputs) -> JudgeCard:
-    """Measure the rules on whatever labels there are; they need no fitting."""
-    from trace_ray.core import metrics
-    from trace_ray.types import Label
-
-    labels = [*inputs.labels, *policy_labels(inputs.policy)]
-    truth = [row.violates for row in labels]
-    if len(set(truth)) < 2:
-        return JudgeCard(spec.judge_id, None, None, 0.5, 0, 0, len(labels))
-    verdicts = spec.build().verdicts([(row.prompt, row.response) for row in labels])
-    said = [verdict.label is Label.VIOLATES for verdict in verdicts]
-    auc, accuracy = metrics.auc(truth, [float(v) for v in said]), metrics.accuracy(truth, said)
-    return JudgeCard(spec.judge_id, auc, accuracy, 0.5, 0, 0, len(labels))
-
-
 def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     """Judge the pairs once for the fleet."""
-    config = inputs.config.judge
-    if config is None:
-        raise ConfigError("the config has no 'judge' section")
-    spec, card = _judge(inputs, fleet)
-    require_auc(card, config.min_auc)
+    spec, card = prepared_judge(inputs, fleet)
+    require_auc(card, spec.config.min_auc)
     fleet("triage")
+    verdicts = verdict_store(inputs)
+    policy, asked = inputs.policy, spec.config
     key = {
         "pairs": pairs.path.name,
-        "judge": spec.judge_id,
+        "judge": [spec.judge_id, spec.digest],
         "threshold": spec.threshold,
-        "policy": inputs.policy.digest,
-        "both": config.judge_both,
+        "band": spec.band,
+        "granularity": asked.granularity,
+        "tiers": dict(asked.tiers),
+        "policy": policy.digest,
+        "both": asked.judge_both,
+        "people": verdicts.fingerprint(HUMAN, policy.digest),
         "version": __version__,
     }
 
     def work(out: Path) -> None:
-        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, config)
+        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts)
+        write_json(out / "made_by.json", inputs.run_id)
 
     stage = inputs.store.stage("triage", key, work)
-    rows, calls = read_triaged(stage.path / "rows")
-    counts = triage.counts(rows)
-    fleet("triage", note=" ".join(f"{name} {n}" for name, n in counts.items()))
+    rows, counts = read_triaged(stage.path / "rows")
+    if stage.reused and not _is_resumed(inputs, stage):
+        counts = counts.reused()
+    shown = triage.counts(rows)
+    fleet("triage", note=" ".join(f"{name} {n}" for name, n in shown.items()))
     ready = prepare(inputs, rows, stage.path, spec, fleet)
-    return Triaged(rows, ready.rows, ready.folder, calls, card, ready.corrections)
+    return Triaged(rows, ready.rows, ready.folder, counts, card, ready.corrections)
+
+
+def _is_resumed(inputs: Inputs, stage: StageResult) -> bool:
+    """True where this very run had made the stage and was killed before it reported."""
+    made_by = json.loads((stage.path / "made_by.json").read_text())
+    return made_by == inputs.run_id and not reports.is_written(inputs)
 
 
 def _realign_all(jobs: list[ModelJob]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,14 @@ from trace_ray import __version__
 from trace_ray.core.objectives import CORRECTED
 from trace_ray.core.triage import flipped
 from trace_ray.models.references import remembered_digest
+from trace_ray.rollout.judging import ask
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
-from trace_ray.runtime.judge import JudgeSpec, read_triaged, triaged_schema
+from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult, write_json, write_rows
-from trace_ray.types import Category, TriagedPair, Verdict
+from trace_ray.runtime.triage import COUNTERS, read_triaged, triaged_schema
+from trace_ray.types import Category, TriagedPair
 
 ROWS, COUNTS = "rows", "counts.json"
 
@@ -61,7 +62,7 @@ def prepare(
             found, accepted = _corrected(inputs, found, judge, fleet)
             counts = {"asked": asked, "accepted": accepted}
         (out / ROWS).mkdir()
-        table = [row.to_row() | {"judge_calls": 0} for row in found]
+        table = [row.to_row() | dict.fromkeys(COUNTERS, 0) for row in found]
         write_rows(out / ROWS / "rows.parquet", table, triaged_schema())
         write_json(out / COUNTS, counts)
 
@@ -81,7 +82,8 @@ def _replies_digest(inputs: Inputs) -> str:
 def _corrected(
     inputs: Inputs, rows: list[TriagedPair], judge: JudgeSpec, fleet: Reporter
 ) -> tuple[list[TriagedPair], int]:
-    from trace_ray.config import Resources, VLLMOracle
+    from trace_ray.config import Resources
+    from trace_ray.config.oracle import VLLMOracle
     from trace_ray.runtime import oracle as oracles
 
     oracle = inputs.config.oracle
@@ -96,12 +98,4 @@ def _corrected(
         writes, oracles.write_replies, oracle, inputs.policy, prompts, inputs.store.models
     )
     fleet("judging corrected responses")
-
-    def verdicts_of(exchanges: Sequence[tuple[object, str]]) -> list[Verdict]:
-        return run_alone(inputs.config.judge.resources, _verdicts, judge, list(exchanges))  # type: ignore[union-attr]
-
-    return oracles.correct(rows, replies, verdicts_of)
-
-
-def _verdicts(spec: JudgeSpec, exchanges: list[tuple[object, str]]) -> list[Verdict]:
-    return spec.build().verdicts(exchanges)  # pyright: ignore[reportArgumentType]
+    return oracles.correct(rows, replies, lambda exchanges: ask(judge, exchanges))

@@ -19,13 +19,13 @@ from trace_ray.models.families import family_of
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
-from trace_ray.runtime.judge import read_triaged
 from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.registry import AdapterRecord
 from trace_ray.runtime.score import ScoreSummary, Scoring, score_conflicts, score_on_cluster
 from trace_ray.runtime.store import StageResult, read_rows, write_json, write_rows
 from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, train
+from trace_ray.runtime.triage import read_triaged
 from trace_ray.types import Category, content_digest
 
 

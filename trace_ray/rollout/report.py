@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 
     from trace_ray.rollout.plan import Inputs
     from trace_ray.runtime.fit_judge import JudgeCard
+    from trace_ray.runtime.triage import JudgeCounts
     from trace_ray.types import TriagedPair
 
 VERDICTS, TRIAGED, REPORT = "verdicts.parquet", "triaged.parquet", "report.json"
 
 
+def is_written(inputs: Inputs) -> bool:
+    """Return whether this run has reported before."""
+    return (inputs.store.run_dir(inputs.run_id) / REPORT).exists()
+
+
 def build(
     inputs: Inputs,
     rows: list[TriagedPair],
-    judge_calls: int,
+    judged: JudgeCounts,
     card: JudgeCard | None,
     ingested: dict[str, int],
     results: dict[str, dict[str, Any]],
@@ -40,7 +46,10 @@ def build(
         if card is None
         else {
             **triage.counts(rows),
-            "judge_calls": judge_calls,
+            "review": sum(map(triage.in_review, rows)),
+            "judge_calls": judged.judge_calls,
+            "cache_hits": judged.cache_hits,
+            **_endpoint(inputs, judged),
             "judge": {
                 "name": card.name,
                 "auc": card.auc,
@@ -54,6 +63,22 @@ def build(
         "failed": {name: r["error"] for name, r in results.items() if "error" in r},
         "unchanged": [m.name for m in inputs.config.models if m.name not in results],
         "wall_s": round(time.monotonic() - started, 1),
+    }
+
+
+def _endpoint(inputs: Inputs, judged: JudgeCounts) -> dict[str, Any]:
+    """Tokens and cost of an endpoint; nothing where none was asked."""
+    if not judged.input_tokens:
+        return {}
+    judge = inputs.config.judge
+    prices = [j.openai for j in (judge, *judge.judges) if j.kind == "openai"] if judge else []
+    # Tokens are counted per judge: members of a group at different prices cost at most the dearest.
+    cost = judged.input_tokens * max((p.usd_per_million_input for p in prices), default=0)
+    cost += judged.output_tokens * max((p.usd_per_million_output for p in prices), default=0)
+    return {
+        "input_tokens": judged.input_tokens,
+        "output_tokens": judged.output_tokens,
+        "cost_usd": round(cost / 1e6, 4),
     }
 
 
@@ -184,8 +209,9 @@ def triage_line(report: dict[str, Any]) -> str | None:
     auc = "-" if judge["auc"] is None else f"{judge['auc']:.3f}"
     line = (
         f"triage: {found['pairs']} pairs: {found['invert']} invert, {found['punish']} punish, "
-        f"{found['retain']} retain, {found['unjudged']} unjudged "
-        f"({found['judge_calls']} judge calls; judge {judge['name']}, AUC {auc})"
+        f"{found['retain']} retain, {found['unjudged']} unjudged, {found['review']} of them for review "
+        f"({found['judge_calls']} judge calls, {found['cache_hits']} stored verdicts; "
+        f"judge {judge['name']}, AUC {auc})"
     )
     if written := report.get("corrections"):
         line += (

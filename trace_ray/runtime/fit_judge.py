@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,10 @@ from trace_ray.config import JudgeConfig
 from trace_ray.core import metrics
 from trace_ray.core.policy import Policy
 from trace_ray.errors import JudgeError
-from trace_ray.runtime.judge import JudgeSpec, VLLMJudge
+from trace_ray.runtime.judges import Exchange, Judge, JudgeSpec, VLLMJudge
 from trace_ray.runtime.store import write_json
-from trace_ray.types import LabelledResponse
+from trace_ray.runtime.stored_judge import StoredJudge
+from trace_ray.types import Label, LabelledResponse
 
 if TYPE_CHECKING:
     from trace_ray.models.judge_adapter import LabelSplit
@@ -47,6 +48,7 @@ def policy_labels(policy: Policy) -> list[LabelledResponse]:
             example.response,
             example.verdict == "violates",
             f"clause:{clause.id}",
+            clause.id,
         )
         for clause in policy.clauses
         for example in clause.examples
@@ -72,15 +74,13 @@ def fit_judge(
     Raises:
         JudgeError: too few labels to fit, calibrate and measure.
     """
-    import dataclasses
-
     import torch
 
     from trace_ray.models.judge_adapter import fit_judge_adapter, split_labels
 
     split = split_labels(labels, config.fit.seed)
     _require_both_verdicts(split)
-    torch.set_num_threads(spec.num_threads)
+    torch.set_num_threads(config.resources.n_threads)
     adapter = spec.adapter_dir
     if config.adapter == "auto":
         adapter = str(out / "adapter")
@@ -90,27 +90,63 @@ def fit_judge(
             [*split.fit, *policy_labels(spec.policy)],
             config.fit,
             Path(adapter),
+            by_clause=config.granularity == "clause",
             use_cpu=config.resources.num_gpus == 0,
             on_step=lambda done, total: progress("fitting the judge", done, total),
         )
     progress("measuring the judge", 0, 0)
-    judge = VLLMJudge(dataclasses.replace(spec, adapter_dir=adapter))
-    calibration, test = _p(judge, split.calibration), _p(judge, split.test)
+    spec = replace(spec, adapter_dir=adapter)
+    judge = VLLMJudge(spec)
+    card = _card(spec, judge, split)
+    judge.engine.close()
+    n_fit = len(split.fit) if config.adapter == "auto" else 0
+    write_json(out / CARD, replace(card, n_fit=n_fit).to_row())
+
+
+def measure_judge(spec: JudgeSpec, labels: Sequence[LabelledResponse], out: Path) -> None:
+    """Calibrate and measure a judge that needs no fitting; write ``judge.json``.
+
+    Raises:
+        JudgeError: too few labels, or replies that the judge can't judge.
+    """
+    from trace_ray.models.judge_adapter import split_labels
+
+    split = split_labels(labels, spec.config.fit.seed)
+    split = replace(split, fit=[], calibration=[*split.fit, *split.calibration])
+    _require_both_verdicts(split)
+    write_json(out / CARD, _card(spec, spec.build(), split).to_row())
+
+
+def rules_card(spec: JudgeSpec, labels: Sequence[LabelledResponse]) -> JudgeCard:
+    """Measure the rules on whatever labels there are, the policy's own examples among them."""
+    labels = [*labels, *policy_labels(spec.policy)]
+    truth = [row.violates for row in labels]
+    if len(set(truth)) < 2:
+        return JudgeCard(spec.judge_id, None, None, 0.5, 0, 0, len(labels))
+    verdicts = StoredJudge(spec, spec.build(), None).verdicts(
+        [Exchange(row.prompt, row.response) for row in labels]
+    )
+    said = [verdict.label is Label.VIOLATES for verdict in verdicts]
+    auc, accuracy = metrics.auc(truth, [float(v) for v in said]), metrics.accuracy(truth, said)
+    return JudgeCard(spec.judge_id, auc, accuracy, 0.5, 0, 0, len(labels))
+
+
+def _card(spec: JudgeSpec, judge: Judge, split: LabelSplit) -> JudgeCard:
+    """Pick the threshold on the calibration part and measure on the test part."""
+    calibration, test = _p(spec, judge, split.calibration), _p(spec, judge, split.test)
     truth = [row.violates for row in split.test]
-    threshold = config.threshold
+    threshold = spec.config.threshold
     if threshold == "calibrated":
         threshold = metrics.best_threshold([row.violates for row in split.calibration], calibration)
-    card = JudgeCard(
+    return JudgeCard(
         name=spec.judge_id,
         auc=metrics.auc(truth, test),
         accuracy=metrics.accuracy(truth, [p >= threshold for p in test]),
         threshold=float(threshold),
-        n_fit=len(split.fit) if config.adapter == "auto" else 0,
+        n_fit=0,
         n_calibration=len(calibration),
         n_test=len(test),
     )
-    judge.engine.close()
-    write_json(out / CARD, card.to_row())
 
 
 def _require_both_verdicts(split: LabelSplit) -> None:
@@ -122,14 +158,17 @@ def _require_both_verdicts(split: LabelSplit) -> None:
             )
 
 
-def _p(judge: VLLMJudge, rows: Sequence[LabelledResponse]) -> list[float]:
-    found = judge.p_violate([(row.prompt, row.response) for row in rows])
-    missing = sum(p is None for p in found)
+def _p(spec: JudgeSpec, judge: Judge, rows: Sequence[LabelledResponse]) -> list[float]:
+    verdicts = StoredJudge(spec, judge, None).verdicts(
+        [Exchange(row.prompt, row.response) for row in rows]
+    )
+    missing = [verdict for verdict in verdicts if verdict.p_violate is None]
     if missing:
         raise JudgeError(
-            f"judge.labels: {missing} rows don't fit the judge's context; raise judge.engine.max_model_len"
+            f"judge.labels: {len(missing)} of {len(rows)} rows can't be judged: {missing[0].reason}; "
+            "mend or drop them (for long ones raise judge.engine.max_model_len)"
         )
-    return [p for p in found if p is not None]
+    return [verdict.p_violate for verdict in verdicts if verdict.p_violate is not None]
 
 
 def read_card(folder: Path) -> JudgeCard:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from trace_ray.config import FileOracle, OpenAIOracle, OracleConfig, VLLMOracle
+from trace_ray.config.oracle import FileOracle, OpenAIOracle, OracleConfig, VLLMOracle
 from trace_ray.core.oracle_prompt import oracle_prompt
 from trace_ray.core.policy import Policy
 from trace_ray.core.triage import corrected
 from trace_ray.errors import ConfigError, DataError
-from trace_ray.types import Category, Label, Prompt, TriagedPair
+from trace_ray.runtime.judges import Exchange
+from trace_ray.types import Category, Label, Prompt, TriagedPair, Verdict
 
 Replies = list[list[str]]
 """Per prompt the candidate replies, best first; empty where the oracle gave none."""
 
 
 def correct(
-    rows: Sequence[TriagedPair], candidates: Replies, verdicts_of: Any
+    rows: Sequence[TriagedPair],
+    candidates: Replies,
+    verdicts_of: Callable[[list[Exchange]], list[Verdict]],
 ) -> tuple[list[TriagedPair], int]:
     """Put the first candidate that the judge accepts into each PUNISH row.
 
@@ -39,7 +41,8 @@ def correct(
         for text in dict.fromkeys(text.strip() for text in texts)
         if text and text != row.pair.chosen
     ]
-    verdicts = verdicts_of([(row.pair.prompt, text) for row, text in asked]) if asked else []
+    questions = [Exchange(row.pair.prompt, text) for row, text in asked]
+    verdicts = verdicts_of(questions) if asked else []
     accepted: dict[str, TriagedPair] = {}
     for (row, text), verdict in zip(asked, verdicts, strict=True):
         if verdict.label is Label.COMPLIES and row.pair_id not in accepted:

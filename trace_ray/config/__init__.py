@@ -12,66 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
+from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
+from trace_ray.config.sections import EngineConfig, Resources, Section
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Resources(Section):
-    """What one worker of a stage holds on the Ray cluster."""
-
-    num_cpus: float = Field(default=1, gt=0)
-    """CPU cores held while the stage runs."""
-    threads: int | None = Field(default=None, ge=1)
-    """Threads of that worker on a CPU; null = num_cpus (at least 1)."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs; 0 runs on the CPU."""
-
-    @property
-    def n_threads(self) -> int:
-        """Threads of the worker."""
-        return self.threads or max(1, int(self.num_cpus))
-
-
-class EngineConfig(Section):
-    """Settings of a vLLM engine; the same keys on CPU and GPU, with other numbers."""
-
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Weights and activations; auto = bfloat16 where the device is fast at it, else float32."""
-    max_model_len: int = Field(default=1024, ge=128)
-    """Longest prompt plus answer, tokens."""
-    max_num_seqs: int = Field(default=64, ge=1)
-    """Sequences decoded together."""
-    block_size: Literal[16, 32, 64, 128] | None = None
-    """Tokens of a cache block: a shared prefix is reused in whole blocks; null = vLLM's choice."""
-    kv_cache_gb: float = Field(default=1, gt=0)
-    """CPU only: size of the key-value cache, GiB."""
-    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
-    """GPU only: share of the memory the engine may take."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs per engine."""
-    enforce_eager: bool = True
-    """No graph capture: a faster start, slower decoding on GPUs."""
-    max_loras: int = Field(default=4, ge=1)
-    """Adapters active in one batch."""
-    max_lora_rank: int = Field(default=64, ge=8)
-    """Largest adapter rank the engine can hold."""
+__all__ = ["EngineConfig", "FleetConfig", "JudgeConfig", "JudgeFitConfig", "Resources", "Section"]
 
 
 class ColumnMap(Section):
@@ -118,106 +67,13 @@ class DataConfig(Section):
         return self.schema_.model_dump(exclude_none=True)
 
 
-class JudgeConfig(Section):
-    """Who decides what violates the policy."""
-
-    kind: Literal["vllm", "rules"] = "vllm"
-    """``vllm``: a language model reads the policy; ``rules``: the clauses' ``checks`` alone."""
-    model: str | None = None
-    """Model reference of the judge (kind vllm)."""
-    revision: str | None = None
-    """Revision of a Hugging Face judge model."""
-    adapter: str | None = "auto"
-    """``auto`` fits a LoRA judge adapter on the labels; a directory uses that one; null is zero-shot."""
-    labels: str | None = None
-    """jsonl of {prompt, response, verdict[, group]}, joined with the policy's own examples."""
-    min_auc: float = Field(default=0.85, ge=0, le=1)
-    """Held-out AUC below which the judge may not triage."""
-    threshold: Literal["calibrated"] | float = "calibrated"
-    """Violates at p_violate >= threshold; ``calibrated`` picks it on the fitting labels."""
-    judge_both: bool = False
-    """Judge ``rejected`` even where ``chosen`` complies (never needed for the triage)."""
-    batch_size: int = Field(default=64, ge=1)
-    """Responses per engine call."""
-    actors: int = Field(default=1, ge=1)
-    """Judge engines side by side."""
-    resources: Resources = Resources()
-    """Held by each judge actor."""
-    engine: EngineConfig = EngineConfig()
-    fit: JudgeFitConfig = Field(default_factory=lambda: JudgeFitConfig())
-
-    @model_validator(mode="after")
-    def _model_is_named(self) -> JudgeConfig:
-        if self.kind == "vllm" and self.model is None:
-            raise ValueError("kind 'vllm' needs 'model' (a model reference); or use kind: rules")
-        return self
-
-
-class JudgeFitConfig(Section):
-    """How the judge adapter is trained."""
-
-    r: int = Field(default=8, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0)
-    epochs: float = Field(default=2, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    seed: int = 0
-
-
-class FileOracle(Section):
-    """Corrected responses that somebody has written."""
-
-    kind: Literal["file"]
-    path: str
-    """jsonl of {prompt, response}; several lines per prompt are tried in their order."""
-
-
-class VLLMOracle(Section):
-    """Corrected responses written by a language model that reads the policy."""
-
-    kind: Literal["vllm"]
-    model: str
-    """Model reference of the generator."""
-    revision: str | None = None
-    """Revision of a Hugging Face model."""
-    adapter: str | None = None
-    """Directory of an adapter of the generator."""
-    attempts: int = Field(default=4, ge=1)
-    """Replies written per pair; the first that the judge finds compliant is taken."""
-    temperature: float = Field(default=0.8, ge=0)
-    """Of the sampling; 0 with attempts: 1 is greedy."""
-    max_new_tokens: int = Field(default=96, ge=1)
-    resources: Resources = Resources()
-    engine: EngineConfig = EngineConfig()
-
-
-class OpenAIOracle(Section):
-    """Corrected responses from any OpenAI-compatible endpoint."""
-
-    kind: Literal["openai"]
-    model: str
-    """Model name at the endpoint."""
-    base_url: str | None = None
-    """null = OPENAI_BASE_URL, or OpenAI itself."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key."""
-    attempts: int = Field(default=1, ge=1)
-    """Replies written per pair; the first that the judge finds compliant is taken."""
-    temperature: float = Field(default=0.7, ge=0)
-    max_new_tokens: int = Field(default=256, ge=1)
-    concurrency: int = Field(default=8, ge=1)
-    """Requests in flight."""
-
-
-OracleConfig = Annotated[FileOracle | VLLMOracle | OpenAIOracle, Field(discriminator="kind")]
-
-
 class LoraConfig(Section):
     """The adapter's shape (paper: r 32, alpha 16, dropout 0.1 on q_proj and v_proj)."""
 
     r: int = Field(default=32, ge=1)
     alpha: float = Field(default=16, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    targets: list[str] | Literal["all-linear"] = Field(default=["q_proj", "v_proj"])
 
 
 class ImpactConfig(Section):
@@ -461,10 +317,13 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     def at(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(folder / value)
 
-    judge = config.judge
-    if judge is not None:
+    def with_paths(judge: JudgeConfig) -> JudgeConfig:
         adapter = judge.adapter if judge.adapter in (None, "auto") else at(judge.adapter)
-        judge = judge.model_copy(update={"labels": at(judge.labels), "adapter": adapter})
+        members = [with_paths(member) for member in judge.judges]
+        found = {"labels": at(judge.labels), "adapter": adapter, "judges": members}
+        return judge.model_copy(update=found)
+
+    judge = config.judge and with_paths(config.judge)
     oracle = config.oracle
     if isinstance(oracle, FileOracle):
         oracle = oracle.model_copy(update={"path": at(oracle.path)})
@@ -494,14 +353,23 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
 
 def _input_files(config: FleetConfig) -> dict[str, str]:
     judge, evaluation = config.judge, config.evaluation
-    files = {
+    files: dict[str, str | None] = {
         "policy": config.policy,
         "data.gold": config.data.gold,
-        "judge.labels": judge.labels if judge else None,
-        "judge.adapter": judge.adapter if judge and judge.adapter != "auto" else None,
         "oracle.path": config.oracle.path if isinstance(config.oracle, FileOracle) else None,
         "oracle.adapter": config.oracle.adapter if isinstance(config.oracle, VLLMOracle) else None,
         "evaluation.prompts": evaluation.prompts if evaluation else None,
         "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
     }
+    files |= _judge_files(judge, "judge") if judge else {}
     return {field: value for field, value in files.items() if value is not None}
+
+
+def _judge_files(judge: JudgeConfig, where: str) -> dict[str, str | None]:
+    files = {
+        f"{where}.labels": judge.labels,
+        f"{where}.adapter": judge.adapter if judge.adapter != "auto" else None,
+    }
+    for number, member in enumerate(judge.judges):
+        files |= _judge_files(member, f"{where}.judges.{number}")
+    return files

@@ -1,0 +1,262 @@
+"""Triage on a real Ray cluster with a scripted judge: the store, clauses, abstaining, a killed actor."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trace_ray.config import JudgeConfig
+from trace_ray.core.policy import parse_policy
+from trace_ray.core.triage import in_review
+from trace_ray.data.sources import pair_schema
+from trace_ray.errors import JudgeError
+from trace_ray.runtime.cluster import connected
+from trace_ray.runtime.judges import JudgeSpec, rule_judge
+from trace_ray.runtime.triage import JudgeCounts, TriageBatch, read_triaged, triage_pairs
+from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
+from trace_ray.types import Category, Label, Message, PreferencePair, Verdict, response_id
+
+CLAUSES = [
+    {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "foo"}},
+    {"id": "no-bar", "text": "Never say bar.", "checks": {"must_not_match": "bar"}},
+]
+SCRIPT = [{"contains": "foo", "p_violate": 0.9}, {"contains": "perhaps", "p_violate": 0.5}]
+
+
+def policy_of(clauses=CLAUSES, version="2"):
+    return parse_policy({"id": "p", "version": version, "clauses": clauses}, "p.yaml")
+
+
+def scripted(policy, **changes):
+    config = JudgeConfig.model_validate({"kind": "scripted", "script": SCRIPT} | changes)
+    return JudgeSpec(config, policy, "script", "script-digest", threshold=0.6)
+
+
+def pairs(n=12, tag=""):
+    return [
+        PreferencePair(
+            (Message("user", f"question {i % 7}{tag}"),),
+            f"{'foo' if i % 2 else 'fine'} {i}{tag}",
+            f"{'foo too' if i % 4 == 1 else 'good'} {i}{tag}",
+        )
+        for i in range(n)
+    ]
+
+
+def write(path, rows):
+    pq.write_table(pa.Table.from_pylist([r.to_row() for r in rows], schema=pair_schema()), path)
+    return path
+
+
+def judged(rows, spec, store):
+    """Triage without Ray: the actor's own function."""
+    batch = pa.Table.from_pylist([row.to_row() for row in rows], schema=pair_schema())
+    out = TriageBatch(spec, store)(batch)
+    calls, hits = (sum(out.column(name).to_pylist()) for name in ("judge_calls", "cache_hits"))
+    return out.to_pylist(), calls, hits
+
+
+@pytest.fixture
+def store(tmp_path):
+    return VerdictStore(str(tmp_path / "verdicts"))
+
+
+def test_a_second_run_asks_nothing_and_new_rows_only_themselves(store):
+    spec = scripted(policy_of())
+    first, calls, hits = judged(pairs(), spec, store)
+    assert (calls, hits) == (18, 0)  # 12 chosen, and rejected where chosen violates
+    again, calls, hits = judged(pairs(), spec, store)
+    assert (calls, hits) == (0, 18)
+    assert [row["category"] for row in again] == [row["category"] for row in first]
+    _, calls, hits = judged(pairs(13), spec, store)
+    assert (calls, hits) == (1, 18)
+
+
+def test_a_threshold_or_band_set_later_asks_nothing(store):
+    rows = [PreferencePair((Message("user", "q"),), "perhaps", "good")]
+    spec = scripted(policy_of())
+    found, calls, _ = judged(rows, spec, store)
+    assert (found[0]["category"], calls) == ("retain", 1)
+    strict = JudgeSpec(spec.config, spec.policy, "script", spec.digest, threshold=0.4)
+    found, calls, hits = judged(rows, strict, store)
+    assert (found[0]["category"], calls, hits) == ("invert", 1, 1)  # 'rejected' is new
+    careful = scripted(policy_of(), abstain={"p_low": 0.3, "p_high": 0.7})
+    found, calls, _ = judged(rows, careful, store)
+    assert (found[0]["category"], calls) == ("unjudged", 0)
+    assert found[0]["verdict_chosen"]["reason"].startswith("abstains")
+    assert found[0]["verdict_chosen"]["p_violate"] == 0.5
+
+
+def test_by_clause_only_the_changed_clause_is_asked_again(store):
+    script = [{"contains": "foo", "p_violate": 0.9, "clause": "no-foo"}]
+    by_clause = {"granularity": "clause", "script": script}
+    _, calls, _ = judged(pairs(), scripted(policy_of(), **by_clause), store)
+    assert calls == 36  # two clauses a reply
+    changed = [CLAUSES[0], CLAUSES[1] | {"text": "Never ever say bar."}]
+    found, calls, hits = judged(pairs(), scripted(policy_of(changed, "3"), **by_clause), store)
+    assert (calls, hits) == (18, 18)
+    assert Counter(row["category"] for row in found) == {"retain": 6, "invert": 3, "punish": 3}
+    assert found[1]["verdict_chosen"]["clause"] == "no-foo"
+
+
+def test_by_clause_a_tier_may_be_recorded_only(store):
+    clauses = [CLAUSES[0] | {"tier": "reduced"}, CLAUSES[1]]
+    script = [{"contains": "foo", "p_violate": 0.9, "clause": "no-foo"}]
+    spec = scripted(policy_of(clauses), granularity="clause", script=script, tiers={"reduced": 0})
+    found, _, _ = judged(pairs(), spec, store)
+    assert {row["category"] for row in found} == {"retain"}
+
+
+def test_people_win_over_every_judge(store):
+    spec, (pair,) = scripted(policy_of()), pairs(1)
+    said = Verdict(Label.VIOLATES, 1.0, "person:ada", provenance="human")
+    key = response_id(pair.prompt, pair.chosen)
+    before = store.fingerprint(HUMAN, spec.policy.digest)
+    store.append(HUMAN, HUMAN, spec.policy.digest, [(spec.policy.digest, key, said)])
+    assert store.fingerprint(HUMAN, spec.policy.digest) != before
+    found, calls, hits = judged([pair], spec, store)
+    assert found[0]["category"] == "invert"
+    assert found[0]["verdict_chosen"]["provenance"] == "human"
+    assert (calls, hits) == (1, 1)
+
+
+def test_unjudged_is_kept_with_its_reason_and_asked_again(store):
+    spec = scripted(policy_of(), script=[{"contains": "", "p_violate": None}])
+    for _ in range(2):
+        found, calls, _ = judged(pairs(1), spec, store)
+        assert (found[0]["category"], calls) == ("unjudged", 1)
+        assert found[0]["verdict_chosen"]["reason"] == "the script says nothing"
+
+
+def test_the_fast_content_id_is_the_content_id():
+    from trace_ray.runtime.triage import _PromptKey
+
+    prompt = (Message("system", 'a "b" \u2028'), Message("user", "é\ud800\n"))
+    key = _PromptKey([message.to_row() for message in prompt])
+    assert key.response_id("réponse\t") == response_id(prompt, "réponse\t")
+
+
+def test_runs_that_write_at_once_and_gc_lose_nothing(store):
+    spec, rows = scripted(policy_of()), pairs(200)
+    threads = [
+        threading.Thread(target=judged, args=(rows[i * 10 : i * 10 + 10], spec, store))
+        for i in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store.fingerprint(spec.digest, spec.policy.digest)) == 20
+    assert store.gc({spec.digest: {spec.policy.digest}}, 0) == []
+    assert len(store.fingerprint(spec.digest, spec.policy.digest)) == 1
+    _, calls, hits = judged(rows, spec, store)
+    assert (calls, hits) == (0, 300)
+
+
+def test_gc_removes_what_nobody_names_but_no_persons_word(store):
+    spec = scripted(policy_of())
+    judged(pairs(), spec, store)
+    said = Verdict(Label.VIOLATES, 1.0, "person", provenance="human")
+    store.append(HUMAN, HUMAN, "a" * 64, [("a" * 64, "0" * 16, said)])
+    assert store.gc({}, older_than_s=3600) == []
+    assert [stats.judge for stats in store.gc({}, older_than_s=0)] == ["script-digest"]
+    assert [stats.judge for stats in store.stats()] == [HUMAN]
+    assert [row["id"] for row in store.rows()] == ["0" * 16]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with connected():
+        yield
+
+
+def test_triage_through_ray_with_rules_over_a_folder_of_shards(ray_cluster, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    for shard in range(3):
+        write(tmp_path / "pairs" / f"{shard}.parquet", pairs(20, f" s{shard}"))
+    store, spec = VerdictStore(str(tmp_path / "verdicts")), rule_judge(policy_of())
+    triage_pairs(tmp_path / "pairs", tmp_path / "one", spec, store)
+    rows, counts = read_triaged(tmp_path / "one")
+    expected = {"retain": 30, "invert": 15, "punish": 15}
+    assert Counter(str(row.category) for row in rows) == expected
+    assert (counts.judge_calls, counts.cache_hits) == (90, 0)
+    triage_pairs(tmp_path / "pairs", tmp_path / "two", spec, store)
+    again, counts = read_triaged(tmp_path / "two")
+    assert (counts.judge_calls, counts.cache_hits) == (0, 90)
+    assert again == rows
+    assert counts.reused() == JudgeCounts(cache_hits=90)
+
+
+def test_a_judge_actor_that_is_killed_loses_no_row_and_doubles_none(ray_cluster, tmp_path):
+    source = write(tmp_path / "pairs.parquet", pairs(160))
+    spec = scripted(policy_of(), delay_s=0.02, batch_size=20)
+    store = VerdictStore(str(tmp_path / "verdicts"))
+    killed = []
+
+    def kill():
+        limit = time.monotonic() + 60
+        while not killed and time.monotonic() < limit:
+            # Only once it has judged something: in mid-run.
+            if store.fingerprint(spec.digest, spec.policy.digest):
+                for pid in judge_pids():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    triage_pairs(source, tmp_path / "out", spec, store)
+    thread.join()
+    assert killed
+    rows, counts = read_triaged(tmp_path / "out")
+    assert Counter(row.pair_id for row in rows) == {row.pair_id: 1 for row in pairs(160)}
+    assert Counter(str(row.category) for row in rows) == {"retain": 80, "invert": 40, "punish": 40}
+    assert counts.judge_calls + counts.cache_hits == 240
+
+
+def judge_pids():
+    """Processes of this test's cluster that run the map_batches actor."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (proc / "cmdline").read_bytes().decode(errors="replace")
+            parent = int((proc / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if "MapWorker" in name and is_ours(parent):
+            found.append(int(proc.name))
+    return found
+
+
+def is_ours(pid):
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+def test_a_pool_that_leaves_no_core_is_refused(ray_cluster, tmp_path):
+    source = write(tmp_path / "pairs.parquet", pairs(4))
+    spec = scripted(policy_of(), actors=3)
+    with pytest.raises(JudgeError, match="lower judge"):
+        triage_pairs(source, tmp_path / "out", spec, None)
+
+
+def test_review_is_unjudged_by_an_abstaining_judge(store):
+    from trace_ray.types import TriagedPair
+
+    spec = scripted(policy_of(), abstain={"p_low": 0.3, "p_high": 0.7})
+    rows = [PreferencePair((Message("user", "q"),), "perhaps", "good")]
+    (row,) = [TriagedPair.from_row(row) for row in judged(rows, spec, store)[0]]
+    assert row.category is Category.UNJUDGED
+    assert in_review(row)

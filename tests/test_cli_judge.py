@@ -1,0 +1,184 @@
+"""The commands about policies, judges and verdicts, in this process: no engine, no cluster."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from trace_ray.cli import app
+from trace_ray.rollout.judging import verdict_store
+from trace_ray.rollout.plan import load_policy, read_inputs
+from trace_ray.rollout.review import write_review
+from trace_ray.runtime.verdict_store import HUMAN
+from trace_ray.types import Label, Message, PreferencePair, Verdict, response_id
+
+ROOT = Path(__file__).parents[1]
+OLD, NEW = (ROOT / "examples" / f"policy-2026.{n}.yaml" for n in (1, 2))
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """A config with a scripted judge; returns its path."""
+    clauses = [
+        {
+            "id": "no-foo",
+            "text": "Never say foo.",
+            "examples": [
+                {"prompt": "q", "response": "foo", "verdict": "violates"},
+                {"prompt": "q", "response": "fine", "verdict": "complies"},
+            ],
+        }
+    ]
+    test = {"name": "plain", "prompt": "q", "response": "a foo", "verdict": "violates"}
+    policy = {"id": "p", "version": "2", "clauses": clauses, "tests": [test]}
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
+    row = {"prompt": "q", "chosen": "perhaps", "rejected": "fine"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    config = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {
+            "kind": "scripted",
+            "abstain": {"p_low": 0.4, "p_high": 0.6},
+            "script": [
+                {"contains": "foo", "p_violate": 0.9},
+                {"contains": "perhaps", "p_violate": 0.5},
+                {"contains": "", "p_violate": 0.1},
+            ],
+        },
+        "models": [{"name": "one", "base": "nowhere"}],
+        "storage": str(tmp_path / "storage"),
+    }
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def changed(path, **judge):
+    config = yaml.safe_load(path.read_text())
+    config["judge"] |= judge
+    other = path.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(config))
+    return other
+
+
+def test_policy_test_by_rules():
+    done = run("policy", "test", NEW)
+    assert done.exit_code == 0, done.output
+    assert "explain-refusals example 1" in done.output
+    assert "0 fail" in done.output
+
+
+def test_policy_test_fails_where_the_judge_says_otherwise(fleet):
+    done = run("policy", "test", fleet.with_name("policy.yaml"), "--judge", fleet)
+    assert (done.exit_code, "3 pass" in done.output) == (0, True), done.output
+    wrong = changed(fleet, script=[{"contains": "", "p_violate": 0.1}])
+    done = run("policy", "test", fleet.with_name("policy.yaml"), "--judge", wrong)
+    assert (done.exit_code, "2 fail" in done.output) == (1, True), done.output
+    # Rules have nothing to check here: not a failure, but said.
+    done = run("policy", "test", fleet.with_name("policy.yaml"))
+    assert (done.exit_code, "3 skipped" in done.output) == (0, True), done.output
+
+
+def test_policy_diff_names_what_becomes_stale(fleet, tmp_path):
+    raw = yaml.safe_load(NEW.read_text())
+    raw["version"] = "2026.3"
+    raw["clauses"][0]["tier"] = "high"
+    raw["clauses"][1]["text"] += " Always."
+    raw["clauses"][5]["id"] = "steps"
+    later = tmp_path / "later.yaml"
+    later.write_text(yaml.safe_dump(raw))
+    done = run("policy", "diff", NEW, later)
+    assert done.exit_code == 0, done.output
+    lines = {line.split("│")[1].strip(): line for line in done.output.splitlines() if "│" in line}
+    assert "tier" in lines["decline-unsafe"]
+    assert "kept" in lines["decline-unsafe"]
+    assert "stale" in lines["explain-refusals"]
+    assert "added" in lines["steps"]
+    assert "removed" in lines["concrete-steps"]
+    assert "2 of 6 clauses" in done.output
+    same = run("policy", "diff", NEW, NEW)
+    assert "whole replies are kept" in same.output
+
+
+def labels_of(tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "response": text, "verdict": verdict, "clause": "no-foo"}
+        for i in range(10)
+        for text, verdict in ((f"foo {i}", "violates"), (f"fine {i}", "complies"))
+    ]
+    rows.append({"prompt": "q", "response": "perhaps", "verdict": "violates"})
+    path = tmp_path / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_judge_calibrate(fleet, tmp_path):
+    labels, out = labels_of(tmp_path), tmp_path / "calibration.json"
+    done = run("judge", "calibrate", fleet, "--labels", labels, "--out", out, "--against", fleet)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert (found["n"], found["abstained"], found["auc"], found["accuracy"]) == (21, 1, 1.0, 1.0)
+    assert (found["kappa"], found["kappa_between_judges"]) == (1.0, 1.0)
+    # 10 at 0.1 (complies), 10 at 0.9 and one at 0.5 (violate): (10 * 0.1 + 10 * 0.1 + 0.5) / 21.
+    assert found["ece"] == pytest.approx(2.5 / 21)
+    assert 0.1 < found["threshold"] <= 0.5
+    assert found["by_clause"]["no-foo"]["true_positive"] == 10
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"prompt": "q", "response": "foo", "verdict": "violates"}))
+    refused = run("judge", "calibrate", fleet, "--labels", few)
+    assert refused.exit_code == 2
+
+
+def test_review_goes_out_and_comes_back(fleet, tmp_path):
+    policy = load_policy(str(fleet.with_name("policy.yaml")))
+    pair = PreferencePair((Message("user", "q"),), "perhaps", "fine")
+    unsure = Verdict(Label.UNJUDGED, 0.5, "script", reason="abstains: ...")
+    from trace_ray.core.triage import triage
+
+    file = tmp_path / "review.jsonl"
+    assert write_review(file, policy, [triage(pair, unsure)]) == 1
+    row = json.loads(file.read_text())
+    assert (row["response"], row["verdict"], row["p_violate"]) == ("perhaps", None, 0.5)
+    done = run("review", "import", file, "--config", fleet)
+    assert (done.exit_code, "1 still open" in done.output) == (0, True), done.output
+    file.write_text(json.dumps(row | {"verdict": "violates"}))
+    done = run("review", "import", file, "--config", fleet, "--person", "ada")
+    assert (done.exit_code, "1 violate" in done.output) == (0, True), done.output
+    inputs = read_inputs(str(fleet))
+    (said,) = (
+        verdict_store(inputs)
+        .load(HUMAN, policy.digest, [policy.digest])
+        .get(policy.digest, [response_id(pair.prompt, "perhaps")])
+    )
+    assert said == Verdict(Label.VIOLATES, 1.0, "person:ada", provenance="human")
+
+    bad = [row | {"verdict": "maybe"}, row | {"policy_digest": "0"}, row | {"response": "x"}]
+    file.write_text("\n".join(map(json.dumps, bad)))
+    refused = run("review", "import", file, "--config", fleet)
+    assert refused.exit_code == 2
+    for words in ("review.jsonl:1: verdict", ":2: policy_digest", ":3: response_id"):
+        assert words in refused.output
+    assert write_review(file, policy, [triage(pair, said, said)]) == 0
+    assert not file.exists()
+
+
+def test_verdicts_stats_export_gc(fleet, tmp_path):
+    store = verdict_store(read_inputs(str(fleet)))
+    found = Verdict(Label.VIOLATES, 0.9, "old-judge", clause="no-foo")
+    store.append("f" * 64, "old-judge", "a" * 64, [("a" * 64, "0" * 16, found)])
+    done = run("verdicts", "stats", fleet)
+    assert "old-judge" in done.output
+    run("verdicts", "export", fleet, tmp_path / "all.jsonl")
+    (row,) = map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())
+    assert (row["label"], row["clause"], row["id"]) == ("violates", "no-foo", "0" * 16)
+    kept = run("verdicts", "gc", fleet)
+    assert "0 folders removed" in kept.output
+    gone = run("verdicts", "gc", fleet, "--days", "0")
+    assert "removed 1 verdicts of old-judge" in gone.output

@@ -1,0 +1,54 @@
+"""Sections that several parts of the config share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Resources(Section):
+    """What one worker of a stage holds on the Ray cluster."""
+
+    num_cpus: float = Field(default=1, gt=0)
+    """CPU cores held while the stage runs."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of that worker on a CPU; null = num_cpus (at least 1)."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs; 0 runs on the CPU."""
+
+    @property
+    def n_threads(self) -> int:
+        """Threads of the worker."""
+        return self.threads or max(1, int(self.num_cpus))
+
+
+class EngineConfig(Section):
+    """Settings of a vLLM engine; the same keys on CPU and GPU, with other numbers."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights and activations; auto = bfloat16 where the device is fast at it, else float32."""
+    max_model_len: int = Field(default=1024, ge=128)
+    """Longest prompt plus answer, tokens."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Sequences decoded together."""
+    block_size: Literal[16, 32, 64, 128] | None = None
+    """Tokens of a cache block: a shared prefix is reused in whole blocks; null = vLLM's choice."""
+    kv_cache_gb: float = Field(default=1, gt=0)
+    """CPU only: size of the key-value cache, GiB."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    """GPU only: share of the memory the engine may take."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs per engine."""
+    enforce_eager: bool = True
+    """No graph capture: a faster start, slower decoding on GPUs."""
+    max_loras: int = Field(default=4, ge=1)
+    """Adapters active in one batch."""
+    max_lora_rank: int = Field(default=64, ge=8)
+    """Largest adapter rank the engine can hold."""

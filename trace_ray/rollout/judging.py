@@ -1,0 +1,198 @@
+"""From a config's judge section to a judge that has earned its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_ray import __version__
+from trace_ray.config import JudgeConfig
+from trace_ray.core.policy import Policy
+from trace_ray.errors import ConfigError, JudgeError
+from trace_ray.models.references import resolve_model
+from trace_ray.rollout.plan import Inputs
+from trace_ray.runtime.cluster import run_alone
+from trace_ray.runtime.fit_judge import (
+    JudgeCard,
+    fit_judge,
+    measure_judge,
+    read_card,
+    rules_card,
+)
+from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
+from trace_ray.runtime.progress import Reporter
+from trace_ray.runtime.stored_judge import StoredJudge
+from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
+from trace_ray.types import LabelledResponse, Verdict, content_digest
+
+_ASKS = ("engine", "fit", "openai", "script")
+"""Settings of a judge that can change what it answers."""
+
+
+def verdict_store(inputs: Inputs) -> VerdictStore:
+    """Return the verdict store of a config's storage."""
+    return VerdictStore(str(Path(inputs.store.root, "verdicts")))
+
+
+def prepared_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
+    """Return the config's judge, fitted where it asks for that, with what is known of it.
+
+    Raises:
+        ConfigError: the config has no judge.
+        JudgeError: labels are missing or too few.
+        ModelError: the judge's model or adapter can't be used.
+    """
+    if inputs.config.judge is None:
+        raise ConfigError("the config has no 'judge' section")
+    return _prepared(inputs, inputs.config.judge, inputs.labels, fleet)
+
+
+def _prepared(
+    inputs: Inputs, config: JudgeConfig, labels: list[LabelledResponse], fleet: Reporter
+) -> tuple[JudgeSpec, JudgeCard]:
+    if config.kind == "vllm":
+        return _prepared_vllm(inputs, config, labels, fleet)
+    if config.kind == "rules":
+        spec = rule_judge(inputs.policy, config)
+        return spec, rules_card(spec, labels)
+    members = tuple(_member(inputs, member, labels, fleet) for member in config.judges)
+    spec = _spec(config, inputs.policy, members)
+    if not labels:
+        threshold = 0.5 if config.threshold == "calibrated" else config.threshold
+        card = JudgeCard(spec.judge_id, None, None, threshold, 0, 0, 0)
+        return dataclasses.replace(spec, threshold=threshold), card
+    key = _stage_key(inputs, config, labels) | {"judge": spec.digest}
+
+    def work(out: Path) -> None:
+        fleet("measuring the judge")
+        _run_judge(spec, measure_judge, spec, labels, out)
+
+    stage = inputs.store.stage("judge", key, work)
+    card = read_card(stage.path)
+    return dataclasses.replace(spec, threshold=card.threshold), card
+
+
+def _member(
+    inputs: Inputs, config: JudgeConfig, labels: list[LabelledResponse], fleet: Reporter
+) -> JudgeSpec:
+    """A member of a cascade or quorum; without labels of its own it gets the group's."""
+    from trace_ray.data.sources import read_labels
+
+    own = read_labels(Path(config.labels)) if config.labels else labels
+    return _prepared(inputs, config, own, fleet)[0]
+
+
+def _spec(config: JudgeConfig, policy: Policy, members: Sequence[JudgeSpec]) -> JudgeSpec:
+    """A judge that needs no fitting: an endpoint, a script, or a group of others."""
+    asks: dict[str, Any] = {"kind": config.kind, "model": config.model}
+    if config.kind == "openai":
+        asks["openai"] = config.openai.model_dump(
+            include={"base_url", "logprobs", "max_answer_tokens"}
+        )
+    if config.kind == "scripted":
+        asks["script"] = [line.model_dump() for line in config.script]
+    if members:
+        # A group's label is made of its members' labels, so what they decide by counts too.
+        asks["agree"] = config.n_agree
+        asks["members"] = [[m.digest, m.threshold, m.band] for m in members]
+    digest = content_digest(asks)
+    name = Path(config.model).name if config.model else config.kind
+    return JudgeSpec(config, policy, f"{name}@{digest[:8]}", digest, members=tuple(members))
+
+
+def _prepared_vllm(
+    inputs: Inputs, config: JudgeConfig, labels: list[LabelledResponse], fleet: Reporter
+) -> tuple[JudgeSpec, JudgeCard]:
+    if not labels and config.adapter == "auto":
+        raise JudgeError(
+            "judge.adapter: 'auto' fits the judge on labelled responses: name a file in judge.labels"
+        )
+    if not labels:
+        raise JudgeError("judge.labels: a vllm judge is measured on labels before it may triage")
+    source = resolve_model(str(config.model), config.revision, inputs.store.models)
+    key = _stage_key(inputs, config, labels) | {"model": source.digest}
+    given = config.adapter if config.adapter not in (None, "auto") else None
+    if config.adapter != "auto":
+        key["judge"] = _fixed(config, source.digest)
+    digest = key["judge"] if "judge" in key else content_digest(key)
+    spec = JudgeSpec(
+        config=config,
+        policy=inputs.policy,
+        judge_id=f"{Path(source.path).name}@{digest[:8]}",
+        digest=digest,
+        model_dir=str(source.path),
+        adapter_dir=given,
+    )
+
+    def work(out: Path) -> None:
+        run_alone(config.resources, fit_judge, spec, config, labels, out, fleet)
+
+    stage = inputs.store.stage("judge", key, work)
+    card = read_card(stage.path)
+    adapter = str(stage.path / "adapter") if config.adapter == "auto" else given
+    return dataclasses.replace(spec, threshold=card.threshold, adapter_dir=adapter), card
+
+
+def _fixed(config: JudgeConfig, model_digest: str) -> str:
+    """Identity of a judge that isn't fitted: it stays the same when policy and labels change."""
+    from trace_ray.models.adapters import adapter_sha256
+
+    adapter = adapter_sha256(Path(config.adapter)) if config.adapter else ""
+    return content_digest([model_digest, adapter, config.engine.dtype])
+
+
+def _stage_key(
+    inputs: Inputs, config: JudgeConfig, labels: list[LabelledResponse]
+) -> dict[str, Any]:
+    """What the fitted judge and its card depend on."""
+    kept = {"kind", "model", "revision", "adapter", "threshold", "granularity", "tiers", *_ASKS}
+    return {
+        "policy": inputs.policy.digest,
+        "labels": content_digest([row.to_row() for row in labels]),
+        "config": config.model_dump(mode="json", include=kept),
+        "version": __version__,
+    }
+
+
+def ask(spec: JudgeSpec, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    """Return a judge's verdicts on whole replies (or single clauses, where an exchange names one).
+
+    A judge with an engine runs in a Ray worker (Ray has to be up), any other one here.
+    """
+    return _run_judge(spec, _ask, spec, list(exchanges))
+
+
+def open_judge(inputs: Inputs) -> JudgeSpec:
+    """Return the config's judge outside a run: no board to report to, no bar to pass."""
+    return prepared_judge(inputs, Reporter(None, "judge"))[0]
+
+
+def store_named_by(inputs: Inputs) -> dict[str, set[str]]:
+    """Return what a config's judge is asked about, by judge: what ``verdicts gc`` keeps."""
+    if inputs.config.judge is None:
+        return {}
+    spec = open_judge(inputs)
+    by_clause = spec.config.granularity == "clause"
+    return {spec.digest: {CLAUSES if by_clause else inputs.policy.digest}}
+
+
+def has_engine(config: JudgeConfig) -> bool:
+    """Return whether the judge, or a member of it, is a model in an engine of ours."""
+    return config.kind == "vllm" or any(map(has_engine, config.judges))
+
+
+def _ask(spec: JudgeSpec, exchanges: list[Exchange]) -> list[Verdict]:
+    judge = spec.build()
+    whole = [exchange for exchange in exchanges if exchange.clause is None]
+    single = [exchange for exchange in exchanges if exchange.clause is not None]
+    of_whole = iter(StoredJudge(spec, judge, None).verdicts(whole))
+    of_single = iter(judge.verdicts(single) if single else [])
+    return [next(of_whole if each.clause is None else of_single) for each in exchanges]
+
+
+def _run_judge(spec: JudgeSpec, function: Callable[..., Any], *args: Any) -> Any:
+    if has_engine(spec.config):
+        return run_alone(spec.config.actor_resources, function, *args)
+    return function(*args)

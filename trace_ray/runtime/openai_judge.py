@@ -1,0 +1,159 @@
+"""A judge behind any OpenAI-compatible chat endpoint.
+
+Left out: batch endpoints and streaming. Retries with growing waits (and ``Retry-After``) are the
+official client's own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from trace_ray.errors import JudgeError
+from trace_ray.runtime.judges import Exchange, Usage, judge_question
+from trace_ray.types import Label, Verdict
+
+if TYPE_CHECKING:
+    from trace_ray.runtime.judges import JudgeSpec
+
+_WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_TOP = 20  # the most alternatives the protocol allows
+
+
+class OpenAIJudge:
+    """Asks an endpoint, many requests at a time."""
+
+    def __init__(self, spec: JudgeSpec):
+        from openai import OpenAI, OpenAIError
+
+        self.spec, self.config = spec, spec.config.openai
+        key = os.environ.get(self.config.api_key_env)
+        if key is None and self.config.base_url is None and "OPENAI_BASE_URL" not in os.environ:
+            raise JudgeError(
+                f"judge.openai: set {self.config.api_key_env}, or name a server in judge.openai.base_url"
+            )
+        try:
+            self.client = OpenAI(
+                api_key=key or "none",
+                base_url=self.config.base_url,
+                max_retries=self.config.max_retries,
+                timeout=self.config.timeout_s,
+            )
+        except OpenAIError as error:
+            raise JudgeError(f"judge.openai: {error}") from None
+        self.pool = ThreadPoolExecutor(self.config.concurrency)
+        self.pace = _Pace(self.config.requests_per_minute)
+        self.usage = Usage()
+        self.lock = threading.Lock()
+
+    def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Judge a batch; what the endpoint refuses or answers unclearly is unjudged, with the reason.
+
+        Raises:
+            JudgeError: the endpoint refuses every request alike (no such model, a wrong key).
+        """
+        return list(self.pool.map(self._verdict, [Exchange(*each) for each in exchanges]))
+
+    def _verdict(self, exchange: Exchange) -> Verdict:
+        from openai import APIStatusError, OpenAIError
+
+        judge_id, config = self.spec.judge_id, self.config
+        messages: Any = [m.to_row() for m in judge_question(self.spec.policy, exchange)]
+        more: dict[str, Any] = {"logprobs": True, "top_logprobs": _TOP} if config.logprobs else {}
+        self.pace.wait()
+        try:
+            answer = self.client.chat.completions.create(
+                model=str(self.spec.config.model),
+                messages=messages,
+                max_tokens=config.max_answer_tokens,
+                temperature=0,
+                seed=0,
+                **more,
+            )
+        except APIStatusError as error:
+            if error.status_code in (401, 403, 404):
+                raise JudgeError(
+                    f"judge {judge_id}: {self.client.base_url} answers {error.status_code} to model "
+                    f"{self.spec.config.model!r}: {error.message}"
+                ) from None
+            return Verdict.unjudged(judge_id, f"the endpoint answers {error.status_code}: {error}")
+        except (OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
+            return Verdict.unjudged(judge_id, f"{type(error).__name__}: {error}")
+        return self._read(answer, exchange)
+
+    def _read(self, answer: Any, exchange: Exchange) -> Verdict:
+        """Read an answer that came through, whatever its shape."""
+        judge_id = self.spec.judge_id
+        try:
+            self._count(answer.usage)
+            choice = answer.choices[0]
+            text = choice.message.content or ""
+            p = p_of_logprobs(choice.logprobs)
+        except (AttributeError, IndexError, TypeError) as error:
+            reason = f"the endpoint's answer can't be read: {error}"
+            return Verdict.unjudged(judge_id, reason, raw=str(answer)[:500])
+        if p is None:
+            p = p_of_text(text)
+        if p is None:
+            return Verdict.unjudged(judge_id, "answered neither Yes nor No", raw=text[:500])
+        verdict = Verdict(Label.COMPLIES, p, judge_id, clause=exchange.clause, raw=text[:500])
+        return self.spec.decided(verdict)
+
+    def _count(self, usage: Any) -> None:
+        if usage is None:
+            return
+        with self.lock:
+            self.usage += Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+
+
+def p_of_logprobs(logprobs: Any) -> float | None:
+    """Return P(Yes) / (P(Yes) + P(No)) where the answer's last Yes or No stands; None without one.
+
+    Spellings that differ in case or surrounding space count together.
+    """
+    for token in reversed((logprobs.content if logprobs else None) or []):
+        if _plain(token.token) not in ("yes", "no"):
+            continue
+        found = {(top.token): top.logprob for top in token.top_logprobs or []}
+        found.setdefault(token.token, token.logprob)
+        mass = {
+            word: sum(math.exp(logprob) for text, logprob in found.items() if _plain(text) == word)
+            for word in ("yes", "no")
+        }
+        total = mass["yes"] + mass["no"]
+        return mass["yes"] / total if total > 0 and math.isfinite(total) else None
+    return None
+
+
+def p_of_text(text: str) -> float | None:
+    """Return 1 for an answer of Yes, 0 for No, None where it says neither or both."""
+    words = {word.lower() for word in _WORD.findall(text)}
+    return float(words == {"yes"}) if len(words) == 1 else None
+
+
+def _plain(token: str) -> str:
+    return token.strip(" \n\t.,!:*\"'").lower()
+
+
+class _Pace:
+    """Spaces requests evenly: so many a minute, whichever thread sends them."""
+
+    def __init__(self, per_minute: float | None):
+        self.gap_s = 60 / per_minute if per_minute else 0.0
+        self.next, self.lock = 0.0, threading.Lock()
+
+    def wait(self) -> None:
+        """Return when the next request may go."""
+        if not self.gap_s:
+            return
+        with self.lock:
+            now = time.monotonic()
+            at = max(now, self.next)
+            self.next = at + self.gap_s
+        time.sleep(at - now)

@@ -1,0 +1,220 @@
+"""Triage at scale: Ray Data streams the pairs through an actor pool of judges.
+
+``chosen`` is judged first, ``rejected`` only where ``chosen`` violates, and each distinct (prompt,
+response) once: rows come sorted by prompt. Rules are cheaper than that sort and go without it.
+
+An actor that dies is started again by Ray Data and its batch judged again: an output file appears
+only when it is whole, so no row is lost or written twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray.core import triage
+from trace_ray.data.sources import pair_schema
+from trace_ray.errors import JudgeError
+from trace_ray.runtime.judges import Exchange, JudgeSpec, usage_of
+from trace_ray.runtime.stored_judge import StoredJudge
+from trace_ray.runtime.verdict_store import VerdictStore
+from trace_ray.types import Label, Prompt, TriagedPair, Verdict, prompt_from_rows
+
+COUNTERS = ("judge_calls", "cache_hits", "input_tokens", "output_tokens")
+_RULE_BATCH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeCounts:
+    """What a triage cost."""
+
+    judge_calls: int = 0
+    """Questions put to the judge."""
+    cache_hits: int = 0
+    """Questions answered by stored verdicts or by people."""
+    input_tokens: int = 0
+    """Tokens sent to an endpoint."""
+    output_tokens: int = 0
+    """Tokens an endpoint answered with."""
+
+    def reused(self) -> JudgeCounts:
+        """The counts of a run that found this triage done."""
+        return JudgeCounts(cache_hits=self.judge_calls + self.cache_hits)
+
+
+class TriageBatch:
+    """The Ray Data actor: a batch of pair rows in, triaged rows out."""
+
+    def __init__(self, spec: JudgeSpec, store: VerdictStore | None):
+        self.model = spec.build()
+        self.judge = StoredJudge(spec, self.model, store)
+        self.judge_both = spec.config.judge_both
+
+    def __call__(self, batch: Any) -> Any:
+        """Triage one pyarrow table of pairs."""
+        import pyarrow as pa
+
+        before = self._counters()
+        prompts = [_PromptKey(rows) for rows in batch.column("prompt").to_pylist()]
+        chosen = self._judged(prompts, batch.column("chosen").to_pylist())
+        needed = [i for i, v in enumerate(chosen) if self.judge_both or v.label is Label.VIOLATES]
+        texts = batch.column("rejected").take(pa.array(needed, pa.int64())).to_pylist()
+        rejected: list[Verdict | None] = [None] * len(prompts)
+        for i, verdict in zip(
+            needed, self._judged([prompts[i] for i in needed], texts), strict=True
+        ):
+            rejected[i] = verdict
+        self.judge.flush()
+        category = [str(triage.categorise(a, b)) for a, b in zip(chosen, rejected, strict=True)]
+        spent = [now - was for now, was in zip(self._counters(), before, strict=True)]
+        out = batch.select(pair_schema().names).cast(pair_schema())
+        out = out.append_column("category", pa.array(category, pa.string()))
+        out = out.append_column("verdict_chosen", _verdict_column(chosen))
+        out = out.append_column("verdict_rejected", _verdict_column(rejected))
+        for name, value in zip(COUNTERS, spent, strict=True):
+            rest = [0] * (len(prompts) - 1)
+            out = out.append_column(name, pa.array([value, *rest][: len(prompts)], pa.int64()))
+        return out
+
+    def _judged(self, prompts: Sequence[_PromptKey], responses: list[str]) -> list[Verdict]:
+        ids = [p.response_id(text) for p, text in zip(prompts, responses, strict=True)]
+        exchanges = [Exchange(p.prompt, text) for p, text in zip(prompts, responses, strict=True)]
+        return self.judge.verdicts(exchanges, ids)
+
+    def _counters(self) -> tuple[int, ...]:
+        usage = usage_of(self.model)
+        return self.judge.calls, self.judge.hits, usage.input_tokens, usage.output_tokens
+
+
+class _PromptKey:
+    """A prompt, and the content ids of replies to it: the same as ``types.response_id``, faster."""
+
+    __slots__ = ("digest", "prompt")
+
+    def __init__(self, rows: list[dict[str, str]]):
+        self.prompt: Prompt = prompt_from_rows(rows)
+        rows = [{"content": row["content"], "role": row["role"]} for row in rows]
+        self.digest = hashlib.sha256(f"[{_canonical(rows)},".encode("utf-8", "surrogatepass"))
+
+    def response_id(self, response: str) -> str:
+        digest = self.digest.copy()
+        digest.update(f"{_canonical(response)}]".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
+
+
+_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+
+
+def verdict_type() -> Any:
+    """The parquet type of a verdict within a triaged row."""
+    import pyarrow as pa
+
+    return pa.struct(
+        [
+            ("label", pa.string()),
+            ("p_violate", pa.float64()),
+            ("judge_id", pa.string()),
+            ("clause", pa.string()),
+            ("reason", pa.string()),
+            ("raw", pa.string()),
+            ("provenance", pa.string()),
+        ]
+    )
+
+
+def triaged_schema() -> Any:
+    """The parquet schema of triaged rows."""
+    import pyarrow as pa
+
+    verdicts = [(f"verdict_{side}", verdict_type()) for side in ("chosen", "rejected")]
+    counters = [(name, pa.int64()) for name in COUNTERS]
+    return pa.schema([*pair_schema(), ("category", pa.string()), *verdicts, *counters])
+
+
+def _verdict_column(verdicts: Sequence[Verdict | None]) -> Any:
+    """Return verdicts as one column: built field by field, and typed even where all are missing."""
+    import pyarrow as pa
+
+    kind = verdict_type()
+    absent = pa.array([verdict is None for verdict in verdicts], pa.bool_())
+    fields = [
+        pa.array([None if v is None else getattr(v, field.name) for v in verdicts], field.type)
+        for field in kind
+    ]
+    return pa.StructArray.from_arrays(fields, fields=list(kind), mask=absent)
+
+
+def _with_prompt_key(table: Any) -> Any:
+    """Add a digest of the prompt: rows of one prompt then sort into one batch."""
+    import pyarrow as pa
+
+    keys = [
+        hashlib.sha256(_canonical(rows).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        for rows in table.column("prompt").to_pylist()
+    ]
+    return table.append_column("prompt_key", pa.array(keys))
+
+
+def triage_pairs(pairs: Path, out: Path, spec: JudgeSpec, store: VerdictStore | None) -> None:
+    """Judge and triage parquet of pairs into the folder ``out`` of parquet files.
+
+    Args:
+        pairs: a parquet file, or a folder of them.
+        out: folder to fill.
+        spec: the judge.
+        store: where verdicts are looked up and kept; None = nowhere.
+
+    Raises:
+        JudgeError: the cluster has no room for the judge, or the judge can't be built.
+    """
+    import ray.data
+
+    config = spec.config
+    resources = config.actor_resources
+    fewest, most = config.actor_range
+    _check_room(resources.num_cpus * fewest)
+    # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
+    environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
+    options: dict[str, Any] = {
+        "num_cpus": resources.num_cpus,
+        "runtime_env": {"env_vars": environment},
+    }
+    if resources.num_gpus:
+        options["num_gpus"] = resources.num_gpus
+    rows = ray.data.read_parquet(str(pairs))
+    if spec.kind != "rules":
+        rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
+    triaged = rows.map_batches(
+        TriageBatch,
+        fn_constructor_args=(spec, store),
+        batch_size=_RULE_BATCH if spec.kind == "rules" else config.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+        **options,
+    )
+    triaged.write_parquet(str(out))
+
+
+def _check_room(judge_cpus: float) -> None:
+    """Refuse a pool that leaves no core to read and write: Ray Data would wait for ever."""
+    import ray
+
+    available = ray.cluster_resources().get("CPU", 0.0)
+    if judge_cpus + 1 > available:
+        raise JudgeError(
+            f"the judge's actors hold {judge_cpus:g} of the cluster's {available:g} CPUs, and reading "
+            "needs one more: lower judge.actors or judge.resources.num_cpus (threads can stay higher)"
+        )
+
+
+def read_triaged(folder: Path) -> tuple[list[TriagedPair], JudgeCounts]:
+    """Return the triaged rows in a stable order, and what judging them cost."""
+    from trace_ray.runtime.store import read_rows
+
+    rows = read_rows(folder)
+    triaged = sorted((TriagedPair.from_row(row) for row in rows), key=lambda row: row.pair_id)
+    return triaged, JudgeCounts(*(sum(row[name] for row in rows) for name in COUNTERS))
