@@ -309,7 +309,9 @@ def test_the_registered_models_are_served(realigned, tmp_path, command):
         (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
         words = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+        # A cluster of its own, whatever an earlier cluster that was killed left behind.
+        env = os.environ | {"RAY_ADDRESS": "local"}
+        server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=env)
     try:
         limit = time.monotonic() + 300
         while True:
