@@ -105,7 +105,8 @@ class Verdict:
 
     label: Label
     p_violate: float | None
-    """Probability that the response violates the policy; None when unjudged."""
+    """Probability that the response violates the policy; an unjudged verdict that has one was left to
+    a person (the judge abstains)."""
     judge_id: str
     clause: str | None = None
     """Id of the (first) clause the judge saw violated, where it says."""

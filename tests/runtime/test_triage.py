@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -250,6 +251,32 @@ def test_a_pool_that_leaves_no_core_is_refused(ray_cluster, tmp_path):
     spec = scripted(policy_of(), actors=3)
     with pytest.raises(JudgeError, match="lower judge"):
         triage_pairs(source, tmp_path / "out", spec, None)
+
+
+def test_an_endpoint_that_refuses_all_stops_the_run_with_its_reason(ray_cluster, tmp_path):
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(401)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        openai = {"base_url": f"http://127.0.0.1:{server.server_port}/v1"}
+        config = JudgeConfig.model_validate({"kind": "openai", "model": "m", "openai": openai})
+        spec = JudgeSpec(config, policy_of(), "endpoint", "digest")
+        source = write(tmp_path / "pairs.parquet", pairs(4))
+        with pytest.raises(JudgeError, match="answers 401 to model 'm'"):
+            triage_pairs(source, tmp_path / "out", spec, None)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_review_is_unjudged_by_an_abstaining_judge(store):

@@ -118,7 +118,7 @@ class JudgeConfig(Section):
     batch_size: int = Field(default=256, ge=1)
     """Pairs a judge actor takes at a time; their verdicts are stored together. Rules take 4096."""
     actors: Annotated[int, Field(ge=1)] | ActorRange = 1
-    """Judge engines side by side: a number, or {min, max}."""
+    """Judge actors side by side: a number, or {min, max}; kind rules left alone takes every core."""
     resources: Resources = Resources()
     """Held by each judge actor."""
     engine: EngineConfig = EngineConfig()

@@ -92,3 +92,24 @@ def result(reference: Any) -> Any:
         raise TraceRayError(lines[-1] if lines else "a task failed") from error
     except RayError as error:
         raise TraceRayError(f"a worker was lost: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Within the block an error of ours that Ray Data wrapped comes out as itself.
+
+    Raises:
+        TraceRayError: ours, or the last line of whatever else failed on the cluster.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, TraceRayError):
+                raise cause from None
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        lines = str(error).strip().splitlines()
+        raise TraceRayError(lines[-1] if lines else "a task failed") from error

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trace_ray.config import Resources
 from trace_ray.core import triage
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import JudgeError
+from trace_ray.runtime.cluster import own_errors
 from trace_ray.runtime.judges import Exchange, JudgeSpec, usage_of
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.verdict_store import VerdictStore
@@ -169,13 +171,19 @@ def triage_pairs(pairs: Path, out: Path, spec: JudgeSpec, store: VerdictStore | 
         store: where verdicts are looked up and kept; None = nowhere.
 
     Raises:
-        JudgeError: the cluster has no room for the judge, or the judge can't be built.
+        JudgeError: the cluster has no room for the judge, or the judge refuses every row alike.
+        TraceRayError: an actor failed otherwise.
     """
+    import ray
     import ray.data
 
     config = spec.config
     resources = config.actor_resources
     fewest, most = config.actor_range
+    if spec.kind == "rules" and "actors" not in config.model_fields_set:
+        # All cores but one: reading and writing leave time on that one, so two actors share a core.
+        resources = Resources(num_cpus=0.5)
+        fewest = most = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) - 1))
     _check_room(resources.num_cpus * fewest)
     # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
     environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
@@ -196,7 +204,8 @@ def triage_pairs(pairs: Path, out: Path, spec: JudgeSpec, store: VerdictStore | 
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
         **options,
     )
-    triaged.write_parquet(str(out))
+    with own_errors():
+        triaged.write_parquet(str(out))
 
 
 def _check_room(judge_cpus: float) -> None:

@@ -175,20 +175,21 @@ class VerdictStore:
         """Count what is stored, folder by folder; reads the label column only."""
         import pyarrow.parquet as pq
 
+        violates = [("label", "=", "violates")]
+
         found = []
         for judge, about in self._folders():
             files = self._files(self._folder(judge, about))
-            labels = [
-                pq.read_table(file, columns=["label"]).column(0).to_pylist() for file in files
-            ]
-            flat = [label for part in labels for label in part]
             found.append(
                 FolderStats(
                     judge=judge,
                     judge_id=self.judge_id(judge),
                     about=about,
-                    verdicts=len(flat),
-                    violates=flat.count("violates"),
+                    verdicts=sum(pq.read_metadata(file).num_rows for file in files),
+                    violates=sum(
+                        pq.read_table(file, columns=["label"], filters=violates).num_rows
+                        for file in files
+                    ),
                     files=len(files),
                     n_bytes=sum(os.path.getsize(file) for file in files),
                     newest=max((os.path.getmtime(file) for file in files), default=0.0),
