@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(help="Work with policy files.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
+audit_app = typer.Typer(help="The tamper-evident log of decisions.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config (YAML).")]
 
@@ -124,6 +126,20 @@ def policy_check(
             f"{file}: {policy.id} {policy.version}: {len(policy.clauses)} clauses, {checked} with "
             f"checks, digest {policy.digest[:16]}"
         )
+
+
+@audit_app.command("verify")
+def audit_verify(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="Fleet config or chain.")],
+) -> None:
+    """Check that no record of the audit chain was edited, dropped, reordered or cut off."""
+    with exits_cleanly():
+        from trace_ray.runtime.audit_log import AuditLog, audit_folder
+
+        folder = target if target.is_dir() else audit_folder(target)
+        chain = AuditLog(folder).verify()
+        signed = "signed head" if chain.signed else "head not signed"
+        typer.echo(f"{folder}: {chain.records} records, unbroken, {signed}")
 
 
 if __name__ == "__main__":
