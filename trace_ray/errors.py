@@ -7,7 +7,8 @@
     ├── JudgeError       a judge that can't be built or isn't good enough
     ├── TrainError       training stopped without a usable adapter
     ├── RegistryError    MLflow
-    └── ServeError       the endpoint
+    ├── ServeError       the endpoint
+    └── AuditError       the audit chain is broken or can't be written
 
 The first three are the user's to mend; the CLI prints any of the tree without a traceback and
 exits with status 2.
@@ -46,6 +47,10 @@ class RegistryError(TraceRayError, RuntimeError):
 
 class ServeError(TraceRayError, RuntimeError):
     """The endpoint can't start or can't answer."""
+
+
+class AuditError(TraceRayError, RuntimeError):
+    """The audit chain is broken, or can't be written."""
 
 
 def problems(source: str, found: list[tuple[str, str]]) -> ConfigError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ray.core import triage
+from trace_ray.rollout.gate import gate_row
 from trace_ray.runtime.store import write_json, write_rows
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ def build(
             },
             "agreement_with_gold": _gold_agreement(inputs, rows),
         },
-        "models": [_model(result) for result in results.values() if "error" not in result],
+        "models": [
+            _model(result) | {"gate": gate_row(policy, result["answers_path"], inputs.config.gate)}
+            for result in results.values()
+            if "error" not in result
+        ],
         "failed": {name: r["error"] for name, r in results.items() if "error" in r},
         "unchanged": [m.name for m in inputs.config.models if m.name not in results],
         "wall_s": round(time.monotonic() - started, 1),
