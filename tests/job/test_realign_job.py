@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from trace_ray.data.synthetic import generate
+from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.testing import tiny_model
 
@@ -204,6 +205,22 @@ def test_mlflow_holds_the_adapter_alone_with_its_lineage(realigned, tmp_path):
         found = registry.resolve(f"models:/trace-{model['name']}@challenger", tmp_path)
         assert found.sha256 == model["adapter_sha256"]
         assert not [f for f in found.path.iterdir() if f.stat().st_size > 1_000_000]
+
+
+def test_the_run_is_in_the_audit_chain_with_its_gate_decisions(realigned):
+    words = [sys.executable, "-m", "trace_ray.cli", "audit", "verify", realigned / "realign.yaml"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    deployed, made = AuditLog(realigned / "storage" / "audit").records()[:2]
+    assert deployed.what == made.what == "realign"
+    for model in report_of(realigned)["models"]:
+        assert made.inputs[f"adapter:{model['name']}"] == model["adapter_sha256"]
+        assert made.inputs["policy"] != deployed.inputs["policy"]
+    assert {model["gate"]["verdict"] for model in made.evidence["models"]} <= {
+        "promote",
+        "hold",
+        "reject",
+    }
 
 
 def test_the_same_run_again_does_no_work_whatever_was_rolled_back(realigned):

@@ -11,7 +11,7 @@ V_t = sum (X_i - mu_{i-1})^2, mu_i = (1/2 + S_i) / (1 + i), the process
     M_t(m) = mean over l of exp(l (S_t - t m) - psi(l) V_t),   psi(l) = -log(1 - l) - l
 
 is a non-negative supermartingale that starts at 1 wherever E[X_i | past] <= m (Howard, Ramdas,
-McAuliffe, Sekhon, Annals of Statistics 49, 2021, Theorem 4 and its eq. (24), from Fan, Grama and
+McAuliffe, Sekhon, Annals of Statistics 49, 2021, the empirical-Bernstein case, from Fan, Grama and
 Liu, 2015; here mixed over a fixed grid of l). By Ville's inequality it ever reaches 1 / alpha with
 probability <= alpha: each decision and each end of the interval is valid at any stopping time.
 """

@@ -100,7 +100,39 @@ def apply(config_path: str) -> dict[str, Any]:
     report["corrections"] = triaged.corrections
     write_review(run_dir / REVIEW, inputs.policy, triaged.rows)
     reports.write(inputs, run_dir, report, triaged.trained, results)
+    _audit(inputs, report)
     return report
+
+
+def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
+    """Add what the run made to the audit chain; a run that made nothing new adds nothing."""
+    from trace_ray.runtime.audit_log import AuditLog
+
+    log = AuditLog(Path(inputs.store.root, "audit"))
+    models = report["models"]
+    digests = {f"adapter:{model['name']}": model["adapter_sha256"] for model in models}
+    digests |= {"policy": inputs.policy.digest, "data": inputs.data_digest}
+    if any(record.inputs == digests for record in log.records()):
+        return
+    made = (
+        "name",
+        "adapter_id",
+        "parent_adapter",
+        "registered_as",
+        "tpa_before",
+        "tpa_after",
+        "gate",
+    )
+    log.append(
+        "realign",
+        digests,
+        {
+            "run_id": inputs.run_id,
+            "models": [{key: model[key] for key in made} for model in models],
+            "failed": report["failed"],
+            "unchanged": report["unchanged"],
+        },
+    )
 
 
 def _sources(inputs: Inputs) -> dict[str, ModelSource]:
