@@ -302,36 +302,6 @@ def test_a_second_update_starts_from_the_first_with_corrected_responses(realigne
     assert history["log"][0]["margin_sum"] == pytest.approx(0, abs=1e-3)
 
 
-def test_verdicts_outlive_the_triage_and_people_have_the_last_word(deployed):
-    config = yaml.safe_load((deployed / "realign.yaml").read_text())
-    chosen = [json.loads(line)["chosen"] for line in (deployed / "pairs.jsonl").open()]
-    alone = next(text for text in chosen if sum(text in other for other in chosen) == 1)
-    script = [
-        {"contains": alone, "p_violate": 0.5},
-        {"contains": "", "p_violate": 0.1},
-    ]
-    band = {"p_low": 0.3, "p_high": 0.7}
-    config |= {"judge": {"kind": "scripted", "script": script, "abstain": band}}
-    path = deployed / "scripted.yaml"
-    path.write_text(yaml.safe_dump(config))
-    done = job(path)
-    assert done.returncode == 0, done.stderr
-    counts = report_of(deployed)["triage"]
-    assert (counts["review"], counts["unjudged"], counts["cache_hits"]) == (1, 1, 0)
-    assert counts["judge_calls"] > 0
-    review = deployed / "storage" / "latest" / "review.jsonl"
-    answered = deployed / "answered.jsonl"
-    answered.write_text(json.dumps(json.loads(review.read_text()) | {"verdict": "complies"}))
-    words = [sys.executable, "-m", "trace_ray.cli", "review", "import", answered, "--config", path]
-    subprocess.run(words, cwd=ROOT, check=True, timeout=120)
-    done = job(path)
-    assert done.returncode == 0, done.stderr
-    again = report_of(deployed)["triage"]
-    assert (again["judge_calls"], again["cache_hits"]) == (0, counts["judge_calls"])
-    assert (again["review"], again["unjudged"], again["retain"]) == (0, 0, counts["retain"] + 1)
-    assert not review.exists()
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -428,3 +398,34 @@ def test_ray_job_submit(realigned, tmp_path):
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(timeout=60)
+
+
+def test_verdicts_outlive_the_triage_and_people_have_the_last_word(deployed):
+    """Last, because a person's answer is a reason to triage again."""
+    config = yaml.safe_load((deployed / "realign.yaml").read_text())
+    chosen = [json.loads(line)["chosen"] for line in (deployed / "pairs.jsonl").open()]
+    alone = next(text for text in chosen if sum(text in other for other in chosen) == 1)
+    script = [
+        {"contains": alone, "p_violate": 0.5},
+        {"contains": "", "p_violate": 0.1},
+    ]
+    band = {"p_low": 0.3, "p_high": 0.7}
+    config |= {"judge": {"kind": "scripted", "script": script, "abstain": band}}
+    path = deployed / "scripted.yaml"
+    path.write_text(yaml.safe_dump(config))
+    done = job(path)
+    assert done.returncode == 0, done.stderr
+    counts = report_of(deployed)["triage"]
+    assert (counts["review"], counts["unjudged"], counts["cache_hits"]) == (1, 1, 0)
+    assert counts["judge_calls"] > 0
+    review = deployed / "storage" / "latest" / "review.jsonl"
+    answered = deployed / "answered.jsonl"
+    answered.write_text(json.dumps(json.loads(review.read_text()) | {"verdict": "complies"}))
+    words = [sys.executable, "-m", "trace_ray.cli", "review", "import", answered, "--config", path]
+    subprocess.run(words, cwd=ROOT, check=True, timeout=120)
+    done = job(path)
+    assert done.returncode == 0, done.stderr
+    again = report_of(deployed)["triage"]
+    assert (again["judge_calls"], again["cache_hits"]) == (0, counts["judge_calls"])
+    assert (again["review"], again["unjudged"], again["retain"]) == (0, 0, counts["retain"] + 1)
+    assert not review.exists()
