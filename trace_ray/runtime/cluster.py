@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trace_ray import errors
 from trace_ray.config import Resources
 from trace_ray.errors import TraceRayError
+
+_OURS = re.compile(r"^trace_ray\.errors\.(?P<kind>\w+): (?P<message>.*)$", re.MULTILINE)
 
 WORKER_ENV = ("HF_HUB_OFFLINE", "TRACE_RAY_DATA", "MLFLOW_TRACKING_URI", "VLLM_LOGGING_LEVEL")
 """Settings of the driver's environment that workers of a joined cluster get too."""
@@ -106,10 +110,8 @@ def own_errors() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, TraceRayError):
-                raise cause from None
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        # Ray Data's own exception loses its cause on the way here; only the traceback's text arrives.
+        if found := _OURS.search(str(error)):
+            raise getattr(errors, found["kind"])(found["message"]) from None
         lines = str(error).strip().splitlines()
         raise TraceRayError(lines[-1] if lines else "a task failed") from error
