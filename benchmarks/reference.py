@@ -10,7 +10,8 @@ forwards in every step, gradients accumulated to the effective batch, AdamW.
 Mistakes of the published code that are repaired here, so that both sides compute the SAME scores and the
 SAME loss and only their cost is compared: the label mask is exactly the response tokens (published: one
 token early); the KL mask is shifted with the logits; the gold batch goes through the chat template like
-everything else; dropout is off while scores are taken; the terms are divided by the counts of the step.
+everything else; both sides of a pair follow the same prompt where it is cut to fit; dropout is off while
+scores are taken; the terms are divided by the counts of the step.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from trace_ray.config import TrainingConfig
 from trace_ray.core import losses
 from trace_ray.core.impact import GoldPair
-from trace_ray.models.collate import EncodedRow, encode_exchange
+from trace_ray.models.collate import EncodedRow, encode_sides
 from trace_ray.models.policy_model import load_policy_model, trained_parameters
-from trace_ray.types import Category, TriagedPair
+from trace_ray.types import Category, PreferencePair, TriagedPair
 
 WIDTH = 256
 """Tokens that every exchange is padded to."""
@@ -73,14 +74,16 @@ class Reference:
 
     # Scoring
 
+    def _sides(self, tokenizer: Any, pair: GoldPair | PreferencePair) -> list[Exchange]:
+        responses = (pair.chosen, pair.rejected)
+        prompt, sides = encode_sides(tokenizer, pair.prompt, responses, self.config.max_length)
+        return [(prompt, response) for response, _ in sides]
+
     def gold_gradient(self, gold: Sequence[GoldPair], tokenizer: Any) -> list[Tensor]:
         """Return g_J, the gradient of the mean preference loss over the gold pairs."""
         self.policy.eval().zero_grad()
         for pair in gold:
-            better, worse = (
-                encode_exchange(tokenizer, pair.prompt, text, self.config.max_length)[:2]
-                for text in (pair.chosen, pair.rejected)
-            )
+            better, worse = self._sides(tokenizer, pair)
             with torch.no_grad():
                 reference = self._logp(self.frozen, better) - self._logp(self.frozen, worse)
             margin = self._logp(self.policy, better) - self._logp(self.policy, worse) - reference
@@ -90,10 +93,7 @@ class Reference:
     def score(self, row: TriagedPair, gold_gradient: list[Tensor], tokenizer: Any) -> float:
         """Return <g_J, g> / gamma of one conflict."""
         beta = self.config.beta
-        chosen, rejected = (
-            encode_exchange(tokenizer, row.pair.prompt, text, self.config.max_length)[:2]
-            for text in (row.pair.chosen, row.pair.rejected)
-        )
+        chosen, rejected = self._sides(tokenizer, row.pair)
         with torch.no_grad():
             r_w, r_l = (
                 self._logp(self.policy, side) - self._logp(self.frozen, side)

@@ -63,6 +63,18 @@ def encode_exchange(
     return head, cut, len(cut) < len(response_ids) or len(head) < len(prompt_ids)
 
 
+def encode_sides(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, responses: Sequence[str], max_length: int
+) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """Return the one prompt of all the responses, and each one's (ids, truncated).
+
+    Responses that are compared must follow the same words: the shortest cut of the prompt serves all.
+    """
+    sides = [encode_exchange(tokenizer, prompt, text, max_length) for text in responses]
+    prompt_ids = min((ids for ids, _, _ in sides), key=len)
+    return prompt_ids, [(ids, cut) for _, ids, cut in sides]
+
+
 def encode_row(
     tokenizer: PreTrainedTokenizerBase,
     row: dict[str, Any],
@@ -74,17 +86,13 @@ def encode_row(
     smoothing: float = 0.0,
 ) -> EncodedRow:
     """Encode a row; a RETAIN row, and one whose ``rejected`` is None, has its ``chosen`` side only."""
-    prompt_ids, chosen_ids, cut = encode_exchange(tokenizer, prompt, row["chosen"], max_length)
-    rejected_ids: list[int] = []
-    if category is not Category.RETAIN and row["rejected"] is not None:
-        other_ids, rejected_ids, cut_too = encode_exchange(
-            tokenizer, prompt, row["rejected"], max_length
-        )
-        # Both sides share one prompt: the shorter of the two cuts serves both.
-        prompt_ids = min(prompt_ids, other_ids, key=len)
-        cut = cut or cut_too
+    paired = category is not Category.RETAIN and row["rejected"] is not None
+    responses = [row["chosen"], row["rejected"]] if paired else [row["chosen"]]
+    prompt_ids, sides = encode_sides(tokenizer, prompt, responses, max_length)
+    rejected_ids = sides[1][0] if paired else []
+    cut = any(cut for _, cut in sides)
     return EncodedRow(
-        row["pair_id"], category, weight, prompt_ids, chosen_ids, rejected_ids, cut, smoothing
+        row["pair_id"], category, weight, prompt_ids, sides[0][0], rejected_ids, cut, smoothing
     )
 
 

@@ -24,7 +24,7 @@ from trace_ray.config import ImpactConfig, TrainingConfig
 from trace_ray.core import derivatives, impact, losses
 from trace_ray.core.derivatives import Params
 from trace_ray.errors import DataError
-from trace_ray.models.collate import encode_exchange
+from trace_ray.models.collate import encode_sides
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.likelihood import Exchange, Head, Likelihood, Line
 from trace_ray.models.packing import can_pack
@@ -211,14 +211,13 @@ class Scorer:
         return torch.autocast(self.likelihood.model.device.type, torch.bfloat16, enabled=bf16)
 
     def encode(self, prompt: Prompt, *responses: str) -> list[Exchange]:
-        """Encode a pair's sides; both get the prompt that is left beside the longer one."""
+        """Encode a pair's sides behind their one prompt."""
         limit = self.config.max_length
-        sides = [encode_exchange(self.tokenizer, prompt, text, limit) for text in responses]
-        for text, (_, _, cut) in zip(responses, sides, strict=True):
+        prompt_ids, sides = encode_sides(self.tokenizer, prompt, responses, limit)
+        for text, (_, cut) in zip(responses, sides, strict=True):
             if cut:
                 self.truncated.add(response_id(prompt, text))
-        prompt_ids = min((ids for ids, _, _ in sides), key=len)
-        return [(prompt_ids, ids) for _, ids, _ in sides]
+        return [(prompt_ids, ids) for ids, _ in sides]
 
     def batches(
         self, groups: Sequence[Sequence[Exchange]], apart: Collection[int] = ()
