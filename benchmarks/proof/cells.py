@@ -55,8 +55,7 @@ class Cell:
     def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the fleet configs that deploy the old policy and that realign."""
         deploy, realign = (_example(name) for name in EXAMPLES[self.data])
-        resources = {"num_cpus": 1, "threads": 2}
-        model = {"name": self.model_name, "base": BASES[self.model], "resources": resources}
+        model = {"name": self.model_name, "base": BASES[self.model], "resources": {"num_cpus": 1}}
         for config in (deploy, realign):
             config["models"] = [copy.deepcopy(model)]
             config["training"]["seed"] = self.seed
@@ -78,7 +77,10 @@ class Cell:
     @property
     def key(self) -> str:
         """Digest of all that the cell asks for: a result under another key is out of date."""
-        return content_digest([asdict(self), _portable(self.configs())])[:16]
+        configs = self.configs()
+        for config in configs:
+            del config["models"][0]["resources"]
+        return content_digest([asdict(self), _portable(configs)])[:16]
 
 
 def all_cells() -> list[Cell]:
