@@ -128,6 +128,9 @@ class TrainingConfig(Section):
     """Pairs per optimizer step."""
     max_tokens: int | None = Field(default=None, ge=16)
     """Tokens computed at once: a step with more is split into micro-batches; null = never split."""
+    workers: int = Field(default=1, ge=1)
+    """Data-parallel workers, each with the model's resources: they share out the rows of every step, so
+    that the result is one worker's."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
@@ -146,6 +149,15 @@ class TrainingConfig(Section):
     lora: LoraConfig = LoraConfig()
     impact: ImpactConfig = ImpactConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _workers_have_rows(self) -> TrainingConfig:
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"workers: {self.workers} can't share the {self.batch_size} pairs of a step; "
+                "raise batch_size or take fewer workers"
+            )
+        return self
 
 
 class ModelConfig(Section):

@@ -158,19 +158,27 @@ class HybridCollator:
 
 @dataclass(frozen=True, slots=True)
 class StepCollator:
-    """The rows of one optimizer step to micro-batches of at most ``max_tokens`` tokens each."""
+    """The rows of one optimizer step to micro-batches of at most ``max_tokens`` tokens each.
+
+    Data-parallel workers draw the same rows and take every ``workers``-th of them, so that a step
+    holds the same rows on any number of workers.
+    """
 
     collator: HybridCollator
     max_tokens: int | None
     """None: the step is one batch. A row that is longer by itself is a micro-batch of its own."""
+    rank: int = 0
+    workers: int = 1
 
-    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, list[dict[str, Any]]]:
-        """Return ``{"micro_batches": [...]}``; rows keep their order."""
-        return {
-            "micro_batches": [
-                self.collator(part) for part in split_by_tokens(rows, self.max_tokens)
-            ]
-        }
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
+        """Return ``{"micro_batches": [...], "counted": bool}``; rows keep their order.
+
+        ``counted`` is False where a step has no row left for this worker: the first row stands in,
+        so that all workers run a backward pass, and its loss must count for nothing.
+        """
+        mine = rows[self.rank :: self.workers]
+        parts = split_by_tokens(mine or rows[:1], self.max_tokens)
+        return {"micro_batches": [self.collator(part) for part in parts], "counted": bool(mine)}
 
 
 def split_by_tokens(

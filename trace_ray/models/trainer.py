@@ -9,12 +9,14 @@ first step (dropout aside); what it gave is used again in later epochs (``refere
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trace_ray.config import TrainingConfig
@@ -45,7 +47,7 @@ def response_logits(
     inputs = {name: batch[name] for name in MODEL_INPUTS}
     if "gather" in batch:
         # SDPA is silently wrong where an additive mask has another dtype than the queries.
-        dtype = getattr(model, "dtype", torch.float32)
+        dtype = getattr(getattr(model, "module", model), "dtype", torch.float32)
         mask = inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
         blocks = attention_blocks(mask, batch["bounds"])
         kept = model(**inputs, blocks=blocks, logits_to_keep=batch["keep"], use_cache=False).logits[
@@ -91,33 +93,59 @@ class RealignTrainer(Trainer):
         )
         tokens = sum(len(row.chosen_ids) for row in self.rows)
         self.sft_tokens = config.batch_size * tokens / len(self.rows)
-        self.terms: dict[str, list[float]] = {}
+        self.terms: defaultdict[str, float] = defaultdict(float)
+        self.steps_noted = 0
+        self.share = 1
+        """What this worker's losses are multiplied by: the workers average theirs."""
         self.reference_logps = ReferenceLogps()
         self.autocast = autocast_dtype(config)
         fuse(model, self.autocast)
+        place = {"rank": args.process_index, "workers": args.world_size}
+        collator = StepCollator(HybridCollator(pack), config.max_tokens, **place)
         super().__init__(
             model=model,
             args=args,
             train_dataset=self.rows,  # pyright: ignore[reportArgumentType]
-            data_collator=StepCollator(HybridCollator(pack), config.max_tokens),  # pyright: ignore[reportArgumentType]
+            data_collator=collator,  # pyright: ignore[reportArgumentType]
             callbacks=callbacks,
         )
         # Our loss has global denominators already: micro-batches add up, they aren't averaged.
         self.loss_is_scaled_for_ga = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return whole steps of rows, in the same order on every worker (``StepCollator`` divides them).
+
+        Accelerate's own division would repeat rows to fill the last step.
+        """
         lengths = [row.n_tokens for row in self.rows]
-        return BucketSampler(lengths, self.args.train_batch_size, self.config.seed)
+        size = self.config.batch_size
+        loader: DataLoader[Any] = DataLoader(
+            self.rows,  # pyright: ignore[reportArgumentType]
+            batch_size=size,
+            sampler=BucketSampler(lengths, size, self.config.seed),
+            collate_fn=self.data_collator,
+        )
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward over the step's micro-batches; return the step's loss."""
-        losses_ = [
-            super(RealignTrainer, self).training_step(model, micro, num_items_in_batch)
-            for micro in inputs["micro_batches"]
-        ]
-        return torch.stack(losses_).sum()
+        """Run forward and backward over the step's micro-batches; return the step's loss.
+
+        With data-parallel workers: this worker's share, times their number, as gradients and logged
+        losses are averaged over them.
+        """
+        self.share = self.args.world_size if inputs["counted"] else 0
+        step = super().training_step
+        *first, last = inputs["micro_batches"]
+        total = torch.zeros((), device=self.args.device)
+        with self.accelerator.no_sync(model):
+            for micro in first:
+                total += step(model, micro, num_items_in_batch)
+        self.steps_noted += 1
+        return total + step(model, last, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -140,7 +168,7 @@ class RealignTrainer(Trainer):
                 f"training.learning_rate, or look at these pairs: {', '.join(inputs['pair_ids'])}. "
                 "The last checkpoint is kept."
             )
-        return loss
+        return self.share * loss
 
     def _predict(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
@@ -158,14 +186,15 @@ class RealignTrainer(Trainer):
         # A retained row needs no log-probability, only the KL.
         mask = batch["mask"] * torch.cat([conflict, conflict[paired]])[:, None]
         ref_logps = self.reference_logps.find(batch)
-        with reference(self.accelerator.unwrap_model(model)):
+        bare = self.accelerator.unwrap_model(model)
+        with reference(bare):
             if ref_logps is None:
-                ref_logits, ref_at = self._predict(model, batch)
+                ref_logits, ref_at = self._predict(bare, batch)
                 ref_logps = logprobs.sequence_logps(ref_logits, batch["labels"], mask, ref_at)
                 self.reference_logps.keep(batch, ref_logps)
                 ref_at = ref_at[retained]
             elif len(retained):
-                ref_logits, ref_at = self._predict(model, batch["retained"])
+                ref_logits, ref_at = self._predict(bare, batch["retained"])
             else:
                 ref_logits, ref_at = logits, at[retained]
         logps = logprobs.sequence_logps(logits, batch["labels"], mask, at)
@@ -202,13 +231,18 @@ class RealignTrainer(Trainer):
 
     def _note(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
-            self.terms.setdefault(name, []).append(float(value))
+            self.terms[name] += self.share * float(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's terms, averaged since the last log, to transformers' numbers."""
-        means = {name: sum(values) / len(values) for name, values in self.terms.items() if values}
-        self.terms.clear()
-        super().log(logs | means, start_time)
+        """Add the loss's terms of a step, averaged since the last log, to transformers' numbers."""
+        if self.steps_noted:
+            names = sorted(self.terms)
+            sums = torch.tensor([self.terms[name] for name in names], device=self.args.device)
+            means: Any = self.accelerator.reduce(sums, "mean")
+            logs |= dict(zip(names, (means / self.steps_noted).tolist(), strict=True))
+            self.terms.clear()
+            self.steps_noted = 0
+        super().log(logs, start_time)
 
 
 class SmallGradientStop(TrainerCallback):
@@ -273,4 +307,6 @@ def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )

@@ -14,6 +14,8 @@ from trace_ray.runtime.store import read_rows, write_json
 from trace_ray.types import Category, Message
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from trace_ray.models.collate import EncodedRow
 
 ADAPTER, HISTORY = "adapter", "history.json"
@@ -57,7 +59,9 @@ def train(job: TrainJob, reporter: Reporter) -> None:
         _train_worker,
         train_loop_config={"job": job, "reporter": reporter},
         scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=job.resources.num_gpus > 0, resources_per_worker=resources
+            num_workers=job.config.workers,
+            use_gpu=job.resources.num_gpus > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=job.run_name,
@@ -92,7 +96,6 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     """Runs in a Ray Train worker: load, train from the last checkpoint, save the adapter."""
     import ray.train
     import torch
-    from ray.train.huggingface.transformers import RayTrainReportCallback
     from transformers.utils import logging as transformers_logging
 
     from trace_ray.models.families import load_tokenizer
@@ -115,6 +118,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     model = load_policy_model(job.base, job.adapter, job.config.lora, seed=job.config.seed)
     rows = encode_rows(tokenizer, read_rows(Path(job.rows)), job.config)
     work = Path(job.checkpoints, job.run_name, "work")
+    is_first = ray.train.get_context().get_world_rank() == 0
     trainer = RealignTrainer(
         model,
         rows,
@@ -122,8 +126,12 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
         training_arguments(job.config, work, use_cpu=use_cpu),
         pack=can_pack(model.config, job.config.max_length),
         callbacks=[
-            StepCallback(lambda done, total: reporter("train", done, total)),
-            RayTrainReportCallback(),
+            *(
+                [StepCallback(lambda done, total: reporter("train", done, total))]
+                if is_first
+                else []
+            ),
+            _report_callback(is_first),
             SmallGradientStop(job.config.min_grad_norm),
         ],
     )
@@ -133,7 +141,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     else:
         with checkpoint.as_directory() as folder:
             trainer.train(resume_from_checkpoint=str(Path(folder, "checkpoint")))
-    if ray.train.get_context().get_world_rank() == 0:
+    if is_first:
         save_adapter(model, Path(job.out, ADAPTER))
         history = {
             "log": trainer.state.log_history,
@@ -142,6 +150,24 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
             "truncated": sum(row.truncated for row in rows),
         }
         write_json(Path(job.out, HISTORY), history)
+
+
+def _report_callback(is_first: bool) -> TrainerCallback:
+    """Return the callback that hands each checkpoint to Ray Train, once, when all workers wrote theirs."""
+    import ray.train
+    from ray.train.huggingface.transformers import RayTrainReportCallback
+    from torch import distributed
+
+    class ReportOnce(RayTrainReportCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if distributed.is_initialized():
+                distributed.barrier()
+            if is_first:
+                super().on_save(args, state, control, **kwargs)
+            else:
+                ray.train.report(metrics={})
+
+    return ReportOnce()
 
 
 def encode_rows(

@@ -1,0 +1,87 @@
+"""Training on Ray Train: any number of workers, the same result."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from trace_ray.config import Resources, TrainingConfig
+from trace_ray.runtime.cluster import connected
+from trace_ray.runtime.store import write_rows
+from trace_ray.runtime.train import TrainJob, train
+from trace_ray.testing import tiny_adapter, tiny_model
+
+KINDS = ("invert", "retain", "punish", "invert", "retain", "punish", "invert")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    write_rows(
+        path,
+        [
+            {
+                "pair_id": f"p{i}",
+                "prompt": [{"role": "user", "content": f"question {i}" * (i + 1)}],
+                "chosen": f"no {i}",
+                "rejected": f"yes {i}, of course",
+                "category": kind,
+                "weight": 0.5 + i / 7,
+            }
+            for i, kind in enumerate(KINDS)
+        ],
+    )
+    return path
+
+
+def test_two_workers_train_what_one_does(rows, tmp_path):
+    base = str(tiny_model(tmp_path / "base"))
+    deployed = str(tiny_adapter(tmp_path / "deployed", base, seed=1))
+    found = {}
+    with connected():
+        # 3 rows a step: two workers share them unevenly, and the last step has a row for one alone.
+        for workers, batch, max_tokens in ((1, 3, None), (2, 3, 40)):
+            config = TrainingConfig.model_validate(
+                {
+                    "workers": workers,
+                    "batch_size": batch,
+                    "max_tokens": max_tokens,
+                    "epochs": 3,
+                    "learning_rate": 1e-2,
+                    "save_steps": 4,
+                    "autocast": "none",
+                    "max_length": 64,
+                    "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
+                }
+            )
+            out = tmp_path / f"out{workers}"
+            job = TrainJob(
+                model=f"m{workers}",
+                base=base,
+                adapter=deployed,
+                rows=str(rows),
+                config=config,
+                resources=Resources(num_cpus=1, threads=1),
+                out=str(out),
+                run_name=f"run{workers}",
+                checkpoints=str(tmp_path / "checkpoints"),
+            )
+            train(job, lambda *_, **__: None)
+            history = json.loads((out / "history.json").read_text())
+            weights = load_file(str(next((out / "adapter").glob("*.safetensors"))))
+            found[workers] = history, weights
+    (one, a), (two, b) = found[1], found[2]
+    assert one["steps"] == two["steps"] == 9
+    for left, right in zip(one["log"], two["log"], strict=True):
+        for name in ("loss", "grad_norm", "invert", "punish", "kl_sum", "n_punish"):
+            if name in left:
+                assert right[name] == pytest.approx(left[name], rel=1e-3, abs=1e-5), name
+    assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert Path(tmp_path, "checkpoints", "run2").exists()
+
+
+def test_more_workers_than_pairs_of_a_step_are_refused():
+    with pytest.raises(ValueError, match="can't share the 2 pairs"):
+        TrainingConfig.model_validate({"workers": 3, "batch_size": 2})
