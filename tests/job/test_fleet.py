@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 from small_fleet import ROOT, command, make_fleet, policy, report_of, trace_ray
 
-from trace_ray.runtime.journal import FleetState
+from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.testing import tiny_model
 
 SLOW = {"kind": "scripted", "script": [{"contains": "the", "p_violate": 0.9}], "delay_s": 3}

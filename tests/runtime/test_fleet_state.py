@@ -11,8 +11,8 @@ from rich.console import Console
 
 from trace_ray.errors import StateError
 from trace_ray.rollout.status import status_view
+from trace_ray.runtime.fleet_journal import JOURNAL, FleetState, Journal
 from trace_ray.runtime.fleet_lock import FleetLock, Holder
-from trace_ray.runtime.journal import JOURNAL, FleetState, Journal
 from trace_ray.runtime.progress import FLEET, Event, Line
 
 HOLD = """

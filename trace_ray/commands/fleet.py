@@ -57,7 +57,7 @@ def status_command(
 
         from trace_ray.config import load_config
         from trace_ray.rollout.status import is_running, status_view
-        from trace_ray.runtime.journal import FleetState
+        from trace_ray.runtime.fleet_journal import FleetState
 
         state = FleetState.of(load_config(config))
         console = terminal()
@@ -83,7 +83,7 @@ def cancel_command(
     with exits_cleanly():
         from trace_ray.config import load_config
         from trace_ray.errors import StateError
-        from trace_ray.runtime.journal import FleetState
+        from trace_ray.runtime.fleet_journal import FleetState
 
         state = FleetState.of(load_config(config))
         holder = state.ask_to_stop()

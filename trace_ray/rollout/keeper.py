@@ -12,8 +12,8 @@ from pathlib import Path
 
 from trace_ray.errors import StateError, StoppedError
 from trace_ray.rollout.plan import Inputs
+from trace_ray.runtime.fleet_journal import FleetState, Journal
 from trace_ray.runtime.fleet_lock import FleetLock
-from trace_ray.runtime.journal import FleetState, Journal
 from trace_ray.runtime.progress import FLEET, Event, Line
 
 LOGS = "logs"

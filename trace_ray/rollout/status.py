@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from trace_ray.runtime.journal import FleetState, Record, RowState
+from trace_ray.runtime.fleet_journal import FleetState, Record, RowState
 
 if TYPE_CHECKING:
     from rich.console import Group
