@@ -1,11 +1,14 @@
 """Every file we ship loads, and the README tells the truth about the tree."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from trace_ray.config import FleetConfig, _merge_training
 
@@ -29,8 +32,6 @@ def test_cluster_yaml_satisfies_rays_own_schema():
 
 
 def test_serve_config_satisfies_rays_own_schema():
-    from ray.serve.schema import ServeDeploySchema
-
     schema = ServeDeploySchema(**yaml.safe_load((ROOT / "serve_config.yaml").read_text()))
     assert schema.applications[0].import_path == "trace_ray.serve.app:build"
     assert schema.http_options.host == "127.0.0.1"
@@ -62,3 +63,43 @@ def test_the_readme_tree_is_the_tree():
         if not path.startswith(("tests/", ".")) and not path.endswith("__init__.py")
     }
     assert listed == shown
+
+
+def pod_specs(cluster):
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+def test_the_cluster_has_a_cpu_head_and_spot_workers_for_each_kind_of_work():
+    kinds = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    assert "GPU" not in kinds["head"]["resources"]
+    for work in ("judge", "train", "serve"):
+        assert kinds[work]["resources"]["GPU"] >= 1
+        assert kinds[work]["resources"][work] >= 1
+        market = kinds[work]["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
+        assert market == (None if work == "serve" else "spot")
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_kuberay_manifests_have_the_shape_the_operator_wants(name):
+    manifest = yaml.safe_load((ROOT / "kuberay" / f"{name}.yaml").read_text())
+    assert manifest["apiVersion"] == "ray.io/v1"
+    spec = manifest["spec"]
+    cluster = spec["rayClusterSpec" if name == "rayjob" else "rayClusterConfig"]
+    assert cluster["rayVersion"] == ray.__version__
+    for pod in pod_specs(cluster):
+        (container,) = pod["containers"]
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"] == "shared"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        custom = json.loads(json.loads(group["rayStartParams"]["resources"]))
+        assert custom.keys() == {group["groupName"]}
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert int(limits["nvidia.com/gpu"]) == custom[group["groupName"]]
+    if name == "rayjob":
+        assert spec["entrypoint"].split()[:4] == ["python", "-m", "trace_ray.cli", "apply"]
+        assert "TRACE_RAY_STORAGE" in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+    else:
+        serve = ServeDeploySchema(**yaml.safe_load(spec["serveConfigV2"]))
+        assert serve.applications[0].import_path == "trace_ray.serve.app:build"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trace_ray.errors import ConfigError, TraceRayError
+from trace_ray.commands import fleet, lineage
+from trace_ray.errors import ConfigError, StoppedError, TraceRayError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(fleet.app)
+app.add_typer(lineage.app)
 policy_app = typer.Typer(help="Work with policy files.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
 judge_app = typer.Typer(help="Work with judges.", no_args_is_help=True)
@@ -64,26 +67,44 @@ def _asking(*configs: str) -> Iterator[None]:
         yield
 
 
-def run_apply(config: str) -> int:
-    """Run a fleet config, print its table; return 0, or 1 where a model failed."""
+def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = False) -> int:
+    """Run a fleet config, print its table; return 0, 1 where a model failed, 130 where it was stopped."""
     from trace_ray.rollout.apply import apply
+    from trace_ray.rollout.plan_file import config_of
     from trace_ray.rollout.report import summary_table, triage_line
 
-    report = apply(config)
+    try:
+        report = apply(config, only, force_unlock=force_unlock)
+    except StoppedError as stopped:
+        typer.echo(str(stopped), err=True)
+        return 130
     console = _console()
     console.print(summary_table(report))
     if line := triage_line(report):
         console.print(line)
     console.print(f"report: run {report['run_id']}, {report['wall_s']:.0f} s")
-    console.print(f"next: trace-ray serve {config}")
-    return 1 if report["failed"] else 0
+    failed = {name: why for name, why in report["failed"].items() if not only or name in only}
+    for name, why in failed.items():
+        typer.echo(f"{name} failed: {why}\n  retry: trace-ray apply {config} --only {name}")
+    console.print(f"next: trace-ray serve {config_of(config)}")
+    return 1 if failed else 0
 
 
 @app.command("apply")
-def apply_command(config: ConfigPath) -> None:
+def apply_command(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|PLAN", help="Fleet config (YAML), or a plan (JSON).")
+    ],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this model alone; may be given more than once.")
+    ] = None,
+    force_unlock: Annotated[
+        bool, typer.Option("--force-unlock", help="Take the fleet from whoever holds it.")
+    ] = False,
+) -> None:
     """Realign every model of a fleet to its policy."""
     with exits_cleanly():
-        sys.exit(run_apply(str(config)))
+        sys.exit(run_apply(str(config), only or (), force_unlock=force_unlock))
 
 
 @app.command("serve")

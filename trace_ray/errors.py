@@ -8,7 +8,9 @@
     ├── TrainError       training stopped without a usable adapter
     ├── RegistryError    MLflow
     ├── ServeError       the endpoint
-    └── AuditError       the audit chain is broken or can't be written
+    ├── AuditError       the audit chain is broken or can't be written
+    └── StateError       the fleet is held by somebody else, or its state can't be read
+        └── StoppedError     somebody asked the run to stop
 
 The first three are the user's to mend; the CLI prints any of the tree without a traceback and
 exits with status 2.
@@ -51,6 +53,14 @@ class ServeError(TraceRayError, RuntimeError):
 
 class AuditError(TraceRayError, RuntimeError):
     """The audit chain is broken, or can't be written."""
+
+
+class StateError(TraceRayError, RuntimeError):
+    """The fleet is held by somebody else, or its state can't be read."""
+
+
+class StoppedError(StateError):
+    """Somebody asked the run to stop; the same command goes on where it stopped."""
 
 
 def problems(source: str, found: list[tuple[str, str]]) -> ConfigError:

@@ -17,6 +17,7 @@ from trace_ray.core.metrics import (
     distinct_n,
     expected_calibration_error,
     paired_difference_interval,
+    share_interval,
 )
 from trace_ray.errors import DataError
 
@@ -143,3 +144,12 @@ def test_expected_calibration_error_by_hand() -> None:
     assert expected_calibration_error([0, 0], [0.0, 0.1]) == pytest.approx(0.05)
     with pytest.raises(DataError):
         expected_calibration_error([1], [1.5])
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (7, 10, 0.3968, 0.8922)]
+)
+def test_wilson_interval_of_a_share(count, n, low, high):
+    found = share_interval(count, n)
+    assert found.value == count / n
+    assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=1e-4)

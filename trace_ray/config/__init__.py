@@ -16,7 +16,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
-from trace_ray.config.sections import EngineConfig, Resources, Section
+from trace_ray.config.sections import EngineConfig, Resources, RetriesConfig, Section
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
 
@@ -242,6 +242,9 @@ class FleetConfig(Section):
     evaluation: EvaluationConfig | None = None
     """null = not measured."""
     gate: GateSection = GateSection()
+    retries: RetriesConfig = RetriesConfig()
+    parallel: int | None = Field(default=None, ge=1)
+    """Models realigned at once, the largest first; null = all, as the cluster has room."""
     storage: str = ".trace-ray"
     tracking: TrackingConfig = TrackingConfig()
 
@@ -281,15 +284,11 @@ def load_config(path: str | Path) -> FleetConfig:
     raw = read_yaml(path)
     _merge_training(raw)
     try:
-        config = FleetConfig.model_validate(raw)
+        config = _resolve_paths(FleetConfig.model_validate(raw), path.parent)
     except ValidationError as error:
         raise validation_problems(str(path), error) from None
-    config = _resolve_paths(config, path.parent)
-    missing = [
-        (field, f"no such file: {value}")
-        for field, value in _input_files(config).items()
-        if not Path(value).exists()
-    ]
+    files = _input_files(config).items()
+    missing = [(field, f"no such file: {at}") for field, at in files if not Path(at).exists()]
     if missing:
         raise problems(str(path), missing)
     return config

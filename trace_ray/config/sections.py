@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,25 @@ class Resources(Section):
     """Threads of that worker on a CPU; null = num_cpus (at least 1)."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs; 0 runs on the CPU."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory set aside on the node, GiB; null = none, ``trace-ray plan`` estimates what is needed."""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Other resources of the cluster's nodes, e.g. ``{train: 1}`` of cluster.yaml."""
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """What Ray is asked for, as options of a task or actor."""
+        options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        if self.memory_gb is not None:
+            options["memory"] = int(self.memory_gb * 2**30)
+        return options | ({"resources": dict(self.custom)} if self.custom else {})
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The same, as one bundle of a placement group."""
+        options = self.task_options
+        found = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": options.get("memory", 0)}
+        return {name: amount for name, amount in (found | self.custom).items() if amount}
 
     @property
     def n_threads(self) -> int:
@@ -52,3 +71,12 @@ class EngineConfig(Section):
     """Adapters active in one batch."""
     max_lora_rank: int = Field(default=64, ge=8)
     """Largest adapter rank the engine can hold."""
+
+
+class RetriesConfig(Section):
+    """What happens to a stage that fails, for the fleet's stages and each model's alone."""
+
+    attempts: int = Field(default=2, ge=1)
+    """Times a stage is tried; bad config, data or models are not tried again."""
+    backoff_s: float = Field(default=5, ge=0)
+    """Seconds before the second attempt; each further pause is twice as long."""

@@ -130,6 +130,18 @@ def bootstrap_interval(
     return _interval(sample, seed, n_resamples, confidence, support=(0.0, 1.0))
 
 
+def share_interval(count: int, n: int, confidence: float = 0.95) -> Interval:
+    """Return a share with its Wilson interval (Wilson 1927), right also for few or no hits.
+
+    Args:
+        count: hits.
+        n: items looked at, at least one.
+        confidence: of the interval.
+    """
+    found = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
+    return Interval(count / n, float(found.low), float(found.high), n)
+
+
 def paired_difference_interval(
     before: ArrayLike,
     after: ArrayLike,

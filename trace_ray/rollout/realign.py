@@ -7,21 +7,19 @@ import itertools
 import json
 import shutil
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trace_ray import __version__
-from trace_ray.config import ModelConfig
 from trace_ray.core.objectives import WEIGHTED, flip_probability, training_pair
 from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
-from trace_ray.models.references import ModelSource
-from trace_ray.rollout.plan import Inputs
+from trace_ray.rollout.attempts import attempt
+from trace_ray.rollout.lineage import write_lineage
+from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
-from trace_ray.runtime.progress import Reporter
-from trace_ray.runtime.registry import AdapterRecord
+from trace_ray.runtime.registry import AdapterRecord, RegisteredVersion
 from trace_ray.runtime.score import ScoreSummary, Scoring, score_conflicts, score_on_cluster
 from trace_ray.runtime.store import StageResult, read_rows, write_json, write_rows
 from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, train
@@ -29,58 +27,20 @@ from trace_ray.runtime.triage import read_triaged
 from trace_ray.types import Category, content_digest
 
 
-@dataclass(frozen=True, slots=True)
-class Deployed:
-    """The adapter a model runs today."""
-
-    path: str
-    adapter_id: str
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelJob:
-    """One model and everything its realignment reads (plain data: it travels to a worker)."""
-
-    inputs: Inputs
-    model: ModelConfig
-    source: ModelSource
-    deployed: Deployed | None
-    pairs_path: str
-    triage_path: str | None
-    reporter: Reporter
-
-    @property
-    def base_dir(self) -> str:
-        """Directory of the base model."""
-        return str(self.source.path)
-
-    @property
-    def deployed_dir(self) -> str | None:
-        """Directory of the deployed adapter."""
-        return self.deployed.path if self.deployed else None
-
-    def key(self, **more: Any) -> dict[str, Any]:
-        """Digest inputs that every stage of this model shares."""
-        return {
-            "base": self.source.digest,
-            "deployed": self.deployed.sha256 if self.deployed else "",
-            "pairs": Path(self.pairs_path).name,
-            "triage": Path(self.triage_path).name if self.triage_path else "",
-            "version": __version__,
-            **more,
-        }
-
-
 def realign(job: ModelJob) -> dict[str, Any]:
     """Run one model's stages; runs as a Ray task that holds no CPU itself."""
-    scores = _score(job) if job.model.training.objective in WEIGHTED else None
-    trained = _train(job, scores)
+    retries = job.inputs.config.retries
+    stage = functools.partial(attempt, job.reporter, retries)
+    weighted = job.model.training.objective in WEIGHTED
+    scores = stage("score", lambda: _score(job)) if weighted else None
+    trained = stage("train", lambda: _train(job, scores))
     adapter = trained.path / ADAPTER
     check_adapter(adapter, job.source.digest)
     sha256 = adapter_sha256(adapter)
     adapter_id = f"{job.model.name}@{job.inputs.policy.version}-{sha256[:8]}"
-    measured = _measure(job, adapter, sha256) if job.inputs.config.evaluation else None
+    measured = None
+    if job.inputs.config.evaluation is not None:
+        measured = stage("measure", lambda: _measure(job, adapter, sha256))
     history = json.loads((trained.path / HISTORY).read_text())
     result = {
         "name": job.model.name,
@@ -104,20 +64,16 @@ def realign(job: ModelJob) -> dict[str, Any]:
         "impact": _summary(scores),
     }
     job.reporter("register")
-    result["registered_as"] = _register(job, result, history, scores)
+    made = stage("register", lambda: _register(job, result, history, scores))
+    result["registered_as"] = made.registered_as
+    result["mlflow_run"] = job.inputs.registry().run_link(made.run_id)
+    write_lineage(job, result, trained, scores)
     job.reporter("done", note=adapter_id)
     return result
 
 
 def _score(job: ModelJob) -> StageResult:
     training = job.model.training
-    key = job.key(
-        impact=training.impact.model_dump(mode="json", exclude={"batch_tokens", "workers"}),
-        beta=training.beta,
-        lora=training.lora.model_dump(mode="json"),
-        max_length=training.max_length,
-        seed=training.seed,
-    )
 
     def work(out: Path) -> None:
         job.reporter("score")
@@ -126,7 +82,7 @@ def _score(job: ModelJob) -> StageResult:
         else:
             run_alone(job.model.resources, _score_worker, job, str(out))
 
-    return job.inputs.store.stage("scores", key, work)
+    return job.inputs.store.stage(SCORES, job.scores_key(), work)
 
 
 def _score_in_shards(job: ModelJob, out: Path) -> None:
@@ -172,11 +128,7 @@ def _summary(scores: StageResult | None) -> dict[str, Any] | None:
 
 def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
     training = job.model.training
-    key = job.key(
-        training=training.model_dump(mode="json", exclude={"save_steps", "impact"}),
-        scores=scores.path.name if scores else "",
-        policy=job.inputs.policy.digest,
-    )
+    key = job.adapter_key(scores.path.name if scores else "")
     run_name = f"{job.model.name}-{content_digest(key)[:16]}"
     checkpoints = Path(job.inputs.store.root, "train")
 
@@ -201,7 +153,7 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
         write_meta(out / ADAPTER, job.source.digest)
         shutil.rmtree(checkpoints / run_name, ignore_errors=True)
 
-    return job.inputs.store.stage("adapters", key, work)
+    return job.inputs.store.stage(ADAPTERS, key, work)
 
 
 def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, Any]]:
@@ -243,29 +195,11 @@ def _pairs_per_s(history: dict[str, Any], batch_size: int) -> float | None:
 
 
 def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
-    inputs, evaluation = job.inputs, job.inputs.config.evaluation
-    if evaluation is None:
-        raise ValueError("nothing to measure: the config has no evaluation section")
-    key = job.key(
-        adapter=sha256,
-        policy=inputs.policy.digest,
-        prompts=content_digest([item.to_row() for item in inputs.prompts]),
-        retention=content_digest([[t.to_row() for t in p] for p in inputs.retention]),
-        evaluation=evaluation.model_dump(mode="json", exclude={"prompts", "retention_prompts"}),
-        blimp=_has_blimp(),
-    )
-
     def work(out: Path) -> None:
         job.reporter("measure")
         run_alone(job.model.resources, _measure_worker, job, str(adapter), str(out))
 
-    return inputs.store.stage("measures", key, work)
-
-
-def _has_blimp() -> bool:
-    from trace_ray.models.retention import blimp_pairs
-
-    return bool(blimp_pairs(1))
+    return job.inputs.store.stage(MEASURES, job.measures_key(sha256), work)
 
 
 def _measure_worker(job: ModelJob, adapter: str, out: str) -> None:
@@ -291,8 +225,8 @@ def _measure_worker(job: ModelJob, adapter: str, out: str) -> None:
 
 def _register(
     job: ModelJob, result: dict[str, Any], history: dict[str, Any], scores: StageResult | None
-) -> str:
-    """Register the adapter in MLflow and return ``name/version``."""
+) -> RegisteredVersion:
+    """Register the adapter in MLflow."""
     inputs, training = job.inputs, job.model.training
     artifacts = [Path(result["adapter_path"]).parent / HISTORY]
     if scores is not None:
@@ -334,7 +268,7 @@ def _register(
         history=_metric_history(history["log"]),
         artifacts=artifacts,
     )
-    return inputs.registry().register(record).registered_as
+    return inputs.registry().register(record)
 
 
 def _metric_history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,8 +40,7 @@ def connected() -> Iterator[None]:
     # Several models share a machine's cores: threads that spin while they wait would starve the others.
     env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     settings = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": env}}
-    joins = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")
-    if joins:
+    if _joins():
         ray.init(**settings)
     else:
         ray.init(address="local", include_dashboard=False, **settings)
@@ -50,6 +49,24 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _joins() -> bool:
+    """Whether a cluster is there to join, one that may grow."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def roomiest_node() -> dict[str, float]:
+    """Return the most of each resource that one node has; empty where the cluster may grow."""
+    import ray
+
+    if _joins():
+        return {}
+    most: dict[str, float] = {}
+    for node in ray.nodes():
+        for name, amount in node["Resources"].items():
+            most[name] = max(amount, most.get(name, 0))
+    return most
 
 
 def _quiet_ray_data() -> None:
@@ -75,9 +92,7 @@ def start_alone(resources: Resources, function: Callable[..., Any], *args: Any) 
     """Start ``function`` like ``run_alone`` and return the reference to its result."""
     import ray
 
-    task = ray.remote(
-        num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=1, max_calls=1
-    )(function)
+    task = ray.remote(max_retries=1, max_calls=1, **resources.task_options)(function)
     return task.remote(*args)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,19 +29,39 @@ class Line:
     since: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A stage began or ended."""
+
+    who: str
+    stage: str
+    what: str
+    """``running``, ``retrying``, ``done``, ``reused`` or ``failed``."""
+    attempt: int = 1
+    wall_s: float | None = None
+    error: str = ""
+    trace: str = ""
+    """Where the error came from, for the log."""
+
+
 class Board:
-    """Holds the latest line of each model; runs as a Ray actor."""
+    """Holds the latest line of each model and all events; runs as a Ray actor."""
 
     def __init__(self) -> None:
         self.lines: dict[str, Line] = {}
+        self.events: list[Event] = []
 
     def put(self, who: str, line: Line) -> None:
         """Replace ``who``'s line."""
         self.lines[who] = line
 
-    def get(self) -> dict[str, Line]:
-        """Return all lines."""
-        return self.lines
+    def tell(self, event: Event) -> None:
+        """Add an event."""
+        self.events.append(event)
+
+    def get(self, since: int = 0) -> tuple[dict[str, Line], list[Event]]:
+        """Return all lines, and the events after the first ``since``."""
+        return self.lines, self.events[since:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +76,24 @@ class Reporter:
         with contextlib.suppress(Exception):
             self.board.put.remote(self.who, Line(stage, done, total, note, time.time()))
 
+    def tell(self, stage: str, what: str, attempt: int = 1, **more: Any) -> None:
+        """Put an event of this worker on the board."""
+        with contextlib.suppress(Exception):
+            self.board.tell.remote(Event(self.who, stage, what, attempt, **more))
+
+
+Listener = Callable[[dict[str, Line], list[Event]], None]
+
 
 class View:
-    """Shows the board until ``close``."""
+    """Shows the board, and gives what it reads there to a listener, until the block ends."""
 
-    def __init__(self, board: Any, every_s: float = 1.0):
+    def __init__(self, board: Any, every_s: float = 1.0, listener: Listener | None = None):
         from rich.console import Console
 
         self.board, self.every_s = board, every_s
         self.console = Console(stderr=True)
+        self.listener, self.heard = listener, 0
         self.stop = threading.Event()
         self.started = time.time()
         self.shown: dict[str, tuple[str, str, int]] = {}
@@ -80,10 +110,14 @@ class View:
     def _lines(self) -> dict[str, Line]:
         import ray
 
-        try:
-            return ray.get(self.board.get.remote(), timeout=5)
-        except Exception:
-            return {}
+        lines: dict[str, Line] = {}
+        events: list[Event] = []
+        with contextlib.suppress(Exception):
+            lines, events = ray.get(self.board.get.remote(self.heard), timeout=5)
+            self.heard += len(events)
+        if self.listener is not None:
+            self.listener(lines, events)
+        return lines
 
     def _run(self) -> None:
         if self.console.is_terminal:

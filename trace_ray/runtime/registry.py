@@ -150,6 +150,12 @@ class Registry:
             tags,
         )
 
+    def run_link(self, run_id: str) -> str:
+        """Return where a run is seen: a page of the server, or the run's id in a sqlite file."""
+        if self._file is not None:
+            return f"{self.uri} run {run_id}"
+        return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{run_id}"
+
     def _find(
         self, reference: str, name: str, alias: str | None, version: str | None
     ) -> ModelVersion:

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,25 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def folder(self, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Return where stage ``name`` for ``inputs`` is or will be."""
+        return Path(self.root, "stages", name, content_digest(dict(inputs))[:16])
+
+    def find(self, name: str, inputs: Mapping[str, Any]) -> StageResult | None:
+        """Return stage ``name`` for ``inputs`` if it is done."""
+        final = self.folder(name, inputs)
+        if not (final / RECORD).exists():
+            return None
+        record = json.loads((final / RECORD).read_text())
+        return StageResult(final, True, record["wall_s"])
+
+    def finished(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield every finished stage ``name``, the newest first: its folder and its record."""
+        paths = Path(self.root, "stages", name).glob(f"*/{RECORD}")
+        for path in sorted(paths, key=lambda each: -each.stat().st_mtime_ns):
+            if ".tmp-" not in path.parent.name:
+                yield path.parent, json.loads(path.read_text())
+
     def stage(
         self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], float | None]
     ) -> StageResult:
@@ -67,11 +86,10 @@ class Store:
         """
         import time
 
-        key = content_digest(dict(inputs))[:16]
-        final = Path(self.root, "stages", name, key)
-        if (final / RECORD).exists():
-            record = json.loads((final / RECORD).read_text())
-            return StageResult(final, True, record["wall_s"])
+        final = self.folder(name, inputs)
+        key = final.name
+        if found := self.find(name, inputs):
+            return found
         _remove_abandoned(final)
         draft = final.with_name(
             f"{key}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"

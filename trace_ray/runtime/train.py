@@ -52,16 +52,13 @@ def train(job: TrainJob, reporter: Reporter) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources: dict[str, float] = {"CPU": job.resources.num_cpus}
-    if job.resources.num_gpus:
-        resources["GPU"] = job.resources.num_gpus
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"job": job, "reporter": reporter},
         scaling_config=ScalingConfig(
             num_workers=job.config.workers,
             use_gpu=job.resources.num_gpus > 0,
-            resources_per_worker=resources,
+            resources_per_worker=job.resources.bundle,
         ),
         run_config=RunConfig(
             name=job.run_name,

@@ -188,11 +188,9 @@ def triage_pairs(pairs: Path, out: Path, spec: JudgeSpec, store: VerdictStore | 
     # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
     environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
     options: dict[str, Any] = {
-        "num_cpus": resources.num_cpus,
+        **{name: value for name, value in resources.task_options.items() if value},
         "runtime_env": {"env_vars": environment},
     }
-    if resources.num_gpus:
-        options["num_gpus"] = resources.num_gpus
     rows = ray.data.read_parquet(str(pairs))
     if spec.kind != "rules":
         rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")

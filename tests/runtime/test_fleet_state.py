@@ -1,0 +1,144 @@
+"""The lock and the journal of a fleet, without a run."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from trace_ray.errors import StateError
+from trace_ray.rollout.status import status_view
+from trace_ray.runtime.fleet_journal import JOURNAL, FleetState, Journal
+from trace_ray.runtime.fleet_lock import FleetLock, Holder
+from trace_ray.runtime.progress import FLEET, Event, Line
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trace_ray.rollout.status import status_view
+from trace_ray.runtime.fleet_lock import FleetLock
+FleetLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the fleet in ``tmp_path``."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path, other):
+    with pytest.raises(StateError, match=rf"process {other.pid}, since .*--force-unlock"):
+        FleetLock(tmp_path).acquire()
+
+
+def test_a_holder_that_died_is_followed_with_a_note(tmp_path, other):
+    other.kill()
+    other.wait()
+    lock = FleetLock(tmp_path)
+    assert f"process {other.pid}" in (lock.acquire() or "")
+    assert lock.is_mine()
+    lock.release()
+    assert FleetLock(tmp_path).acquire() is None
+
+
+def test_force_takes_it_from_one_that_lives_who_then_knows(tmp_path):
+    first, second = FleetLock(tmp_path), FleetLock(tmp_path)
+    first.acquire()
+    assert "--force-unlock" in (second.acquire(force=True) or "")
+    assert not first.is_mine()
+    first.release()  # must not give away what is not its own
+    assert second.is_mine()
+
+
+def test_a_holder_on_another_host_is_never_taken_for_dead(tmp_path):
+    here = Holder.this_process()
+    fields = {name: getattr(here, name) for name in Holder.__slots__}
+    elsewhere = Holder(**fields | {"host": "node-7", "pid": 1 << 22})
+    (tmp_path / "lock.json").write_text(json.dumps(fields | {"host": "node-7", "pid": 1 << 22}))
+    assert not elsewhere.is_gone
+    with pytest.raises(StateError, match="node-7"):
+        FleetLock(tmp_path).acquire()
+
+
+def test_a_process_number_used_again_is_not_the_holder(tmp_path):
+    here = Holder.this_process()
+    fields = {name: getattr(here, name) for name in Holder.__slots__} | {"born": "1"}
+    assert Holder(**fields).is_gone
+    assert here.pid == os.getpid()
+    assert not here.is_gone
+
+
+def test_the_journal_follows_the_board_and_its_serial_grows_over_runs(tmp_path):
+    state = FleetState(tmp_path)
+    journal = Journal(state, "p-2-aa", "fleet.yaml", ["a", "b"], tmp_path / "logs")
+    journal.take({"a": Line("train", 3, 10)}, [Event("a", "score", "done", 1, 2.5)])
+    journal.take({}, [Event("b", "train", "retrying", 1, error="no room", trace="Trace: x")])
+    journal.settle("b", "failed", "no room")
+    journal.take({"b": Line("train")}, [Event("b", "train", "failed", 2)])  # late news
+    journal.end("done")
+    found = state.read()
+    assert found is not None
+    assert (found.rows["a"].done, found.rows["a"].total) == (3, 10)
+    assert found.rows["a"].stages["score"].wall_s == 2.5
+    assert (found.rows["b"].status, found.rows["b"].error) == ("failed", "no room")
+    assert "Trace: x" in (tmp_path / "logs" / "b.log").read_text()
+    assert (found.status, found.note) == ("failed", "1 of 2 models failed")
+    assert found.rows["a"].status == "stopped"
+    before = found.serial
+    journal.take({"a": Line("train", 3, 10)}, [])  # nothing new: not written
+    Journal(state, "p-2-bb", "fleet.yaml", ["a"], tmp_path / "logs")
+    again = state.read()
+    assert again is not None
+    assert again.serial == before + 1
+    assert again.rows.keys() == {FLEET, "a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [('{"version": 9}', "newer"), ("{", "not a journal"), ("[]", "not a journal")]
+)
+def test_a_journal_that_can_not_be_read_says_so(tmp_path, text, says):
+    (tmp_path / JOURNAL).write_text(text)
+    with pytest.raises(StateError, match=says):
+        FleetState(tmp_path).read()
+
+
+def test_only_the_holder_that_was_asked_stops(tmp_path):
+    state, lock = FleetState(tmp_path), FleetLock(tmp_path)
+    with pytest.raises(StateError, match="nothing runs"):
+        state.ask_to_stop()
+    lock.acquire()
+    assert lock.mine is not None
+    state.ask_to_stop()
+    assert "cancelled by" in (state.asked_to_stop(lock.mine.token) or "")
+    assert state.asked_to_stop("another") is None
+
+
+def test_status_names_the_error_the_log_and_the_retry(tmp_path):
+    state, out = FleetState(tmp_path), io.StringIO()
+    console = Console(file=out, width=200)
+    console.print(status_view(state, "fleet.yaml"))
+    assert "nothing was run" in out.getvalue()
+    journal = Journal(state, "p-2-aa", "fleet.yaml", ["a", "b"], tmp_path / "logs")
+    journal.take({"a": Line("train", 3, 10)}, [Event("a", "score", "reused", 1, 2.5)])
+    journal.settle("b", "failed", "no room [GPU]")
+    journal.end("failed", "b failed")
+    console.print(status_view(state, "fleet.yaml"))
+    shown = out.getvalue()
+    assert "failed (b failed)" in shown
+    assert "3/10" in shown
+    assert "score reused 2.5 s" in shown
+    assert "b: last error: no room [GPU]" in shown
+    assert str(tmp_path / "logs" / "b.log") in shown
+    assert "retry: trace-ray apply fleet.yaml --only b" in shown

@@ -1,0 +1,98 @@
+"""``trace-ray plan``, ``status`` and ``cancel``: a fleet before, during and after an ``apply``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
+
+app = typer.Typer()
+
+
+@app.command("plan")
+def plan_command(
+    config: ConfigPath,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file that 'trace-ray apply' takes.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Pairs to judge for the estimate.")] = 200,
+    detailed_exitcode: Annotated[
+        bool,
+        typer.Option("--detailed-exitcode", help="0: nothing to do, 1: can't be done, 2: changes."),
+    ] = False,
+) -> None:
+    """Show what an apply would do and cost; trains nothing. Ends with 1 where it can't be done."""
+    from trace_ray.errors import TraceRayError
+
+    try:
+        from trace_ray.rollout.plan_file import write_plan
+        from trace_ray.rollout.plan_view import plan_view
+        from trace_ray.rollout.planning import make_plan
+
+        plan = make_plan(str(config), sample)
+        terminal().print(plan_view(plan), soft_wrap=True)
+        if out is not None:
+            write_plan(out, plan.to_row())
+            typer.echo(f"next: trace-ray apply {out}")
+    except TraceRayError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    changed = 2 if detailed_exitcode and plan.changes else 0
+    sys.exit(1 if plan.blocked else changed)
+
+
+@app.command("status")
+def status_command(
+    config: ConfigPath,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
+) -> None:
+    """Show where every model of a fleet is, from any machine that sees the storage."""
+    with exits_cleanly():
+        from rich.live import Live
+
+        from trace_ray.config import load_config
+        from trace_ray.rollout.status import is_running, status_view
+        from trace_ray.runtime.fleet_journal import FleetState
+
+        state = FleetState.of(load_config(config))
+        console = terminal()
+        if watch:
+            with Live(console=console, refresh_per_second=2) as live:
+                while True:
+                    live.update(status_view(state, str(config)))
+                    if not is_running(state):
+                        break
+                    time.sleep(1)
+        else:
+            console.print(status_view(state, str(config)), soft_wrap=True)
+        record = state.read()
+        sys.exit(1 if record is not None and record.status == "failed" else 0)
+
+
+@app.command("cancel")
+def cancel_command(
+    config: ConfigPath,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 60,
+) -> None:
+    """Ask the running apply of a fleet to stop; what is done is kept, and apply goes on from there."""
+    with exits_cleanly():
+        from trace_ray.config import load_config
+        from trace_ray.errors import StateError
+        from trace_ray.runtime.fleet_journal import FleetState
+
+        state = FleetState.of(load_config(config))
+        holder = state.ask_to_stop()
+        typer.echo(f"asked {holder} to stop")
+        limit = time.monotonic() + wait_s
+        while state.lock.holder() == holder and not holder.is_gone:
+            if time.monotonic() > limit:
+                raise StateError(
+                    f"it still runs after {wait_s:g} s; see 'trace-ray status {config}'"
+                )
+            time.sleep(0.5)
+        typer.echo(f"stopped; go on with: trace-ray apply {config}")

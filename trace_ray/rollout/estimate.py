@@ -1,0 +1,193 @@
+"""What a model's stages will cost: seconds from earlier runs where there are any, else by arithmetic.
+
+Every estimate says what it rests on. Work is counted in units that an earlier stage's record holds too:
+conflicts (score), pairs trained on (train), prompts (measure).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import struct
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray.models.families import read_config
+from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
+from trace_ray.runtime.measure import MEASURES as MEASURES_FILE
+from trace_ray.runtime.store import Store
+from trace_ray.runtime.train import HISTORY
+
+GIB = 1 << 30
+FLOP = {SCORES: 6, ADAPTERS: 6, MEASURES: 4}
+"""Per parameter and token. A frozen base needs no weight gradients: forward 2, backward to the
+activations 2, and 2 more for the reference (train) or the conflict's direction (score); measuring is two
+forward passes. The factor 2 per pass is Kaplan et al. 2020, section 2.1."""
+GPU_FLOPS = 1e14
+"""Assumed of a GPU, as nothing was measured there."""
+PROCESS_BYTES = int(1.0 * GIB)
+"""A worker with its libraries before any weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One stage of one model."""
+
+    stage: str
+    reused: bool
+    seconds: float | None
+    """None where nothing is to be done."""
+    basis: str
+
+    def to_row(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a base model, read from its files' headers."""
+
+    parameters: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    adapted: int
+    """Parameters of a LoRA adapter of rank 1 on the config's target layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak of one training worker, bytes."""
+
+    weights: int
+    adapter: int
+    activations: int
+    process: int = PROCESS_BYTES
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.adapter + self.activations + self.process
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "adapter and optimizer": self.adapter}
+        parts |= {"activations": self.activations, "process": self.process}
+        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+
+
+def shape_of(folder: Path, targets: list[str] | str) -> Shape:
+    """Return a base model's sizes without loading a weight."""
+    config = read_config(folder)
+    config = config.get("text_config", config)
+    parameters = adapted = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, tensor in header.items():
+            if name == "__metadata__":
+                continue
+            size = tensor["shape"]
+            parameters += math.prod(size)
+            layer = name.removesuffix(".weight").rpartition(".")[2]
+            inside = ".layers." in name and len(size) == 2
+            if inside and (targets == "all-linear" or layer in targets):
+                adapted += sum(size)
+    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    return Shape(parameters, hidden, layers, int(config["vocab_size"]), adapted)
+
+
+def training_memory(job: ModelJob, shape: Shape, pair_tokens: float) -> Memory:
+    """Estimate the peak of one training worker.
+
+    Weights are held in float32; the adapter with its gradient, Adam's two moments and the reference's
+    copy. A layer keeps about 17 values of the hidden size per token for its backward pass (34 bytes in
+    half precision: Korthikanti et al. 2022, equation 2, without the attention table, which is computed
+    block by block), one with ``gradient_checkpointing``; logits and their gradient are whole.
+    """
+    training = job.model.training
+    tokens = min(pair_tokens * training.batch_size, training.max_tokens or math.inf)
+    tokens = max(tokens, min(pair_tokens, 2 * training.max_length))
+    per_layer = 1 if training.gradient_checkpointing else 17
+    kept = shape.hidden * (shape.layers * per_layer + 17) + 2 * shape.vocabulary
+    adapter = shape.adapted * training.lora.r * 4 * (5 if job.deployed else 4)
+    return Memory(4 * shape.parameters, adapter, int(tokens * kept * 4))
+
+
+def stage_costs(
+    job: ModelJob, shape: Shape, units: dict[str, int], tokens: dict[str, float]
+) -> dict[str, Cost]:
+    """Estimate the stages that are to be done.
+
+    Args:
+        job: the model.
+        shape: its sizes.
+        units: by stage, what it works on; a stage that isn't there isn't run.
+        tokens: by stage, tokens of one unit.
+    """
+    return {
+        stage: _cost(job, stage, shape, units[stage], tokens[stage])
+        for stage in (SCORES, ADAPTERS, MEASURES)
+        if stage in units
+    }
+
+
+def _cost(job: ModelJob, stage: str, shape: Shape, n: int, tokens: float) -> Cost:
+    known = _earlier(job.inputs.store, stage, job.source.digest)
+    if known is not None:
+        units, seconds = known
+        basis = f"an earlier run on this base took {seconds:.1f} s for {units}"
+        return Cost(stage, False, n * seconds / units, f"{basis}; {n} now")
+    flop = FLOP[stage] * shape.parameters * n * tokens
+    if job.model.resources.num_gpus:
+        rate, basis = GPU_FLOPS * job.model.resources.num_gpus, "assumed of its GPUs"
+    else:
+        threads = job.model.resources.n_threads
+        rate, basis = _matmul_rate(threads), f"a matrix product timed here, {threads} threads"
+    work = (
+        f"{shape.parameters / 1e6:.3g}M parameters x {n * tokens:.3g} tokens x {FLOP[stage]} FLOP"
+    )
+    return Cost(stage, False, flop / rate, f"{work} at {rate / 1e9:.3g} GFLOP/s ({basis})")
+
+
+def _earlier(store: Store, stage: str, base: str) -> tuple[int, float] | None:
+    """Return (units, seconds) of the newest such stage on this base; None where there is none."""
+    for folder, record in store.finished(stage):
+        if record["inputs"].get("base") != base:
+            continue
+        units = _units(stage, folder, record["inputs"])
+        if units and record["wall_s"]:
+            return units, record["wall_s"]
+    return None
+
+
+def _units(stage: str, folder: Path, inputs: dict[str, Any]) -> int:
+    if stage == SCORES:
+        return json.loads((folder / "summary.json").read_text())["conflicts"]
+    if stage == ADAPTERS:
+        steps = json.loads((folder / HISTORY).read_text())["steps"]
+        return steps * inputs["training"]["batch_size"]
+    return json.loads((folder / MEASURES_FILE).read_text())["before"]["tpa"]["n"]
+
+
+@functools.cache
+def _matmul_rate(threads: int) -> float:
+    """Time a float32 matrix product; FLOP per second."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.ones(1024, 1024)
+        torch.mm(a, a)
+        started, n = time.perf_counter(), 0
+        while time.perf_counter() - started < 0.1:
+            torch.mm(a, a)
+            n += 1
+        return n * 2 * 1024**3 / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)

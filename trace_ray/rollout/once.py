@@ -1,0 +1,166 @@
+"""What is done once for a whole fleet: reading the pairs, preparing the judge, the triage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray import __version__
+from trace_ray.core import triage
+from trace_ray.errors import DataError
+from trace_ray.rollout import report as reports
+from trace_ray.rollout.attempts import attempt
+from trace_ray.rollout.conflicts import prepare
+from trace_ray.rollout.judging import prepared_judge, verdict_store
+from trace_ray.rollout.plan import Inputs, data_digest
+from trace_ray.runtime.fit_judge import JudgeCard, require_auc
+from trace_ray.runtime.judges import JudgeSpec
+from trace_ray.runtime.progress import Reporter
+from trace_ray.runtime.store import StageResult, write_json
+from trace_ray.runtime.triage import JudgeCounts, read_triaged, triage_pairs
+from trace_ray.runtime.verdict_store import HUMAN
+from trace_ray.types import Category, TriagedPair
+
+PAIRS, TRIAGE = "pairs", "triage"
+"""The stages of a fleet that the store keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Triaged:
+    """The fleet's triage: made once, used by every model."""
+
+    rows: list[TriagedPair]
+    """As the judge found them."""
+    trained: list[TriagedPair]
+    """What models train on: the same, but for an oracle's corrections (and flips, in noise studies)."""
+    folder: Path | None
+    """Stage folder of ``trained``; None for ``sft``, which has no triage."""
+    counts: JudgeCounts
+    card: JudgeCard | None
+    corrections: dict[str, int] | None = None
+    """How many PUNISH pairs the oracle was asked for, and how many of its replies were accepted."""
+
+
+def pairs_key(inputs: Inputs) -> dict[str, Any]:
+    """What the pairs that were read depend on."""
+    bad = inputs.config.data.max_bad_fraction
+    return {"data": inputs.data_digest, "max_bad_fraction": bad, "version": __version__}
+
+
+def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str, Any]:
+    """What the triage depends on."""
+    policy, asked = inputs.policy, spec.config
+    return {
+        "pairs": pairs.path.name,
+        "judge": [spec.judge_id, spec.digest],
+        "threshold": spec.threshold,
+        "band": spec.band,
+        "granularity": asked.granularity,
+        "tiers": dict(asked.tiers),
+        "policy": policy.digest,
+        "both": asked.judge_both,
+        "people": verdict_store(inputs).fingerprint(HUMAN, policy.digest),
+        "version": __version__,
+    }
+
+
+def earned_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
+    """Return the config's judge, fitted, where it is good enough to triage.
+
+    Raises:
+        JudgeError: it isn't, or can't be built.
+    """
+    spec, card = prepared_judge(inputs, fleet)
+    require_auc(card, spec.config.min_auc)
+    return spec, card
+
+
+def triage_all(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
+    """Return what models train on: triaged by the judge, or everything as it is for ``sft``."""
+    if inputs.config.objective == "sft":
+        rows = _all_retained(pairs.path)
+        return Triaged(rows, rows, None, JudgeCounts(), None)
+    return _triage(inputs, pairs, fleet)
+
+
+def read_pairs(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, int]]:
+    """Read the pairs once into parquet; bad rows go to the run's quarantine file."""
+    from trace_ray.data.files import locate
+    from trace_ray.data.ingest import ingest
+
+    fleet("reading pairs")
+    data = inputs.config.data
+
+    run_dir = inputs.store.run_dir(inputs.run_id)
+    quarantine = "quarantine.jsonl"
+
+    def work(out: Path) -> None:
+        source = locate(data.source)
+        if data_digest(inputs.config, source) != inputs.data_digest:
+            raise DataError(f"{data.source}: its files changed since the run began; run again")
+        # Into the run's folder first: a run that stops over too many bad rows must leave them.
+        found = ingest(
+            source,
+            data.row_schema,
+            out / "pairs.parquet",
+            run_dir / quarantine,
+            data.max_bad_fraction,
+            data.max_pairs,
+        )
+        if found.quarantine:
+            shutil.copyfile(found.quarantine, out / quarantine)
+        counts = {"rows": found.rows, "quarantined": found.bad, "duplicates": found.duplicates}
+        write_json(out / "counts.json", counts)
+
+    stage = attempt(
+        fleet,
+        inputs.config.retries,
+        PAIRS,
+        lambda: inputs.store.stage(PAIRS, pairs_key(inputs), work),
+    )
+    counts = json.loads((stage.path / "counts.json").read_text())
+    if (stage.path / quarantine).exists() and not (run_dir / quarantine).exists():
+        shutil.copyfile(stage.path / quarantine, run_dir / quarantine)
+    return stage, counts
+
+
+def _all_retained(folder: Path) -> list[TriagedPair]:
+    """Every pair as RETAIN: what ``sft`` trains on."""
+    from trace_ray.runtime.store import read_rows
+    from trace_ray.types import Label, PreferencePair, Verdict
+
+    given = Verdict(Label.COMPLIES, 0.0, "none", reason="objective sft has no triage")
+    rows = read_rows(folder / "pairs.parquet")
+    return [TriagedPair(PreferencePair.from_row(row), Category.RETAIN, given) for row in rows]
+
+
+def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
+    """Judge the pairs once for the fleet."""
+    spec, card = earned_judge(inputs, fleet)
+    fleet("triage")
+    verdicts = verdict_store(inputs)
+
+    def work(out: Path) -> None:
+        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts)
+        write_json(out / "made_by.json", inputs.run_id)
+
+    key = triage_key(inputs, pairs, spec)
+    stage = attempt(
+        fleet, inputs.config.retries, TRIAGE, lambda: inputs.store.stage(TRIAGE, key, work)
+    )
+    rows, counts = read_triaged(stage.path / "rows")
+    if stage.reused and not _is_resumed(inputs, stage):
+        counts = counts.reused()
+    shown = triage.counts(rows)
+    fleet("triage", note=" ".join(f"{name} {n}" for name, n in shown.items()))
+    ready = prepare(inputs, rows, stage.path, spec, fleet)
+    return Triaged(rows, ready.rows, ready.folder, counts, card, ready.corrections)
+
+
+def _is_resumed(inputs: Inputs, stage: StageResult) -> bool:
+    """True where this very run had made the stage and was killed before it reported."""
+    made_by = json.loads((stage.path / "made_by.json").read_text())
+    return made_by == inputs.run_id and not reports.is_written(inputs)

@@ -1,0 +1,154 @@
+"""All models of a fleet at once: the largest first, and none that fails stops another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trace_ray.config import ModelConfig, Resources
+from trace_ray.errors import ModelError, TraceRayError
+from trace_ray.models.references import ModelSource, resolve_model
+from trace_ray.rollout.keeper import Keeper
+from trace_ray.rollout.model_job import Deployed, ModelJob
+from trace_ray.rollout.plan import Inputs
+from trace_ray.rollout.realign import realign
+from trace_ray.runtime.cluster import result, roomiest_node
+from trace_ray.runtime.registry import Registry
+from trace_ray.runtime.store import write_json
+
+MODELS = "models"
+"""Folder of a run with one result a model."""
+
+
+def find_models(
+    inputs: Inputs, models: list[ModelConfig]
+) -> tuple[dict[str, ModelSource], dict[str, Deployed | None], dict[str, str]]:
+    """Find every model's base (a GGUF is converted, a bucket downloaded) and deployed adapter.
+
+    Returns:
+        The bases, the deployed adapters, and why a model can't be used, each by model.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=0)(resolve_model)
+    asked = {
+        model.name: task.remote(model.base, model.revision, inputs.store.models) for model in models
+    }
+    sources: dict[str, ModelSource] = {}
+    deployed: dict[str, Deployed | None] = {}
+    failed: dict[str, str] = {}
+    registry = inputs.registry()
+    for model in models:
+        where = f"models.{model.name}"
+        try:
+            source: ModelSource = result(asked[model.name])
+        except TraceRayError as error:
+            failed[model.name] = f"{where}.base: {error}"
+            continue
+        try:
+            deployed[model.name] = deployed_adapter(inputs, registry, model, source)
+        except TraceRayError as error:
+            failed[model.name] = f"{where}.adapter: {error}"
+            continue
+        if why := _too_large(model.resources):
+            failed[model.name] = f"{where}.resources: {why}"
+            continue
+        sources[model.name] = source
+    return sources, deployed, failed
+
+
+def deployed_adapter(
+    inputs: Inputs, registry: Registry, model: ModelConfig, source: ModelSource
+) -> Deployed | None:
+    """Find the adapter a model runs today and check that it belongs to its base.
+
+    Raises:
+        ModelError: it was trained on another base, or is damaged.
+        RegistryError: the registry doesn't have it.
+    """
+    if model.adapter is None:
+        return None
+    found = registry.resolve(model.adapter, inputs.store.adapters)
+    if found.base_digest and found.base_digest != source.digest:
+        raise ModelError(
+            f"{model.adapter} was trained on another base than "
+            f"{model.base} (digest {found.base_digest[:8]}, not {source.digest[:8]})"
+        )
+    names = ("policy_id", "policy_version", "policy_digest")
+    policy = " ".join(found.tags.get(name, "") for name in names).strip()
+    return Deployed(str(found.path), found.adapter_id, found.sha256, policy)
+
+
+def _too_large(resources: Resources) -> str:
+    """Say why no node can ever hold these resources; empty where one can, or one may still come."""
+    limits = roomiest_node()
+    over = [
+        f"{wanted:g} {name} asked for, the largest node has {limits.get(name, 0):g}"
+        for name, wanted in resources.bundle.items()
+        if limits and wanted > limits.get(name, 0)
+    ]
+    return "; ".join(over)
+
+
+def run_models(
+    jobs: list[ModelJob], keeper: Keeper, parallel: int | None, results: dict[str, dict[str, Any]]
+) -> None:
+    """Realign all models side by side and add each one's result (or its ``error``) to ``results``.
+
+    Args:
+        jobs: one per model.
+        keeper: told how each ended.
+        parallel: how many at once; None = all.
+        results: by model.
+    """
+    import ray
+
+    # Ray Train's placement-group cleaner finds its cluster by RAY_ADDRESS alone: without it, a second
+    # cluster on the host makes it believe that the controller is dead, and it ends the training.
+    address = ray.get_runtime_context().gcs_address
+    task = ray.remote(
+        num_cpus=0, max_retries=0, runtime_env={"env_vars": {"RAY_ADDRESS": address}}
+    )(realign)
+    waiting = sorted(jobs, key=lambda job: -weight_bytes(job.base_dir))
+    running: dict[Any, ModelJob] = {}
+    while waiting or running:
+        while waiting and (parallel is None or len(running) < parallel):
+            job = waiting.pop(0)
+            running[task.remote(job)] = job
+        ended, _ = ray.wait(list(running), num_returns=1)
+        for reference in ended:
+            job = running.pop(reference)
+            results[job.model.name] = found = _outcome(reference)
+            status = "failed" if "error" in found else "done"
+            keeper.settle(
+                job.model.name, status, found.get("error", ""), found.get("mlflow_run", "")
+            )
+            keep_result(job.inputs, job.model.name, found)
+
+
+def _outcome(reference: Any) -> dict[str, Any]:
+    try:
+        return result(reference)
+    except TraceRayError as error:
+        return {"error": str(error)}
+
+
+def weight_bytes(folder: str) -> int:
+    """Return the size of a model's weights on disk, bytes."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def keep_result(inputs: Inputs, name: str, found: Mapping[str, Any]) -> None:
+    """Keep a model's result in the run's folder: a later ``--only`` reports on all models."""
+    folder = inputs.store.run_dir(inputs.run_id) / MODELS
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{name}.json", dict(found))
+
+
+def kept_results(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """Return the results that earlier calls of this run kept."""
+    folder = inputs.store.run_dir(inputs.run_id) / MODELS
+    paths = {model.name: folder / f"{model.name}.json" for model in inputs.config.models}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}

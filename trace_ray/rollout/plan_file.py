@@ -1,0 +1,117 @@
+"""``plan.json``: a plan with the digests of all inputs, which ``apply`` checks before it begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray import __version__
+from trace_ray.errors import ConfigError
+from trace_ray.models.references import ModelSource
+from trace_ray.rollout.model_job import Deployed
+from trace_ray.rollout.plan import Inputs
+from trace_ray.runtime.store import write_json
+from trace_ray.runtime.verdict_store import HUMAN
+from trace_ray.types import content_digest
+
+VERSION = 1
+
+
+def input_digests(inputs: Inputs) -> dict[str, str]:
+    """Return the digests of what a run reads from files, by name."""
+    from trace_ray.rollout.judging import verdict_store
+
+    config = inputs.config
+    settings = config.model_dump(mode="json", exclude={"storage", "retries", "parallel"})
+    return {
+        "config": content_digest(settings),
+        "policy": inputs.policy.digest,
+        "data": inputs.data_digest,
+        "judge.labels": content_digest([row.to_row() for row in inputs.labels]),
+        "evaluation.prompts": content_digest([item.to_row() for item in inputs.prompts]),
+        "evaluation.retention_prompts": content_digest(
+            [[turn.to_row() for turn in prompt] for prompt in inputs.retention]
+        ),
+        "data.gold": content_digest({k: str(v) for k, v in inputs.gold.items()}),
+        "people's verdicts": content_digest(
+            verdict_store(inputs).fingerprint(HUMAN, inputs.policy.digest)
+        ),
+        "trace_ray": __version__,
+    }
+
+
+def digests(
+    inputs: Inputs,
+    sources: Mapping[str, ModelSource],
+    deployed: Mapping[str, Deployed | None],
+) -> dict[str, str]:
+    """Return the digests of all inputs, models and their deployed adapters included."""
+    found = input_digests(inputs)
+    for name, source in sources.items():
+        adapter = deployed.get(name)
+        found[f"models.{name}.base"] = source.digest
+        found[f"models.{name}.adapter"] = adapter.sha256 if adapter else ""
+    return found
+
+
+def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
+    """Write a plan."""
+    write_json(path, {"version": VERSION, **plan})
+
+
+def is_plan(path: str) -> bool:
+    """Whether ``apply`` was given a plan, not a config."""
+    return Path(path).suffix == ".json"
+
+
+def config_of(path: str) -> str:
+    """Return the fleet config that a plan is of; a config is its own."""
+    return read_plan(path)["config"] if is_plan(path) else path
+
+
+def read_plan(path: str) -> dict[str, Any]:
+    """Return what ``trace-ray plan --out`` wrote.
+
+    Raises:
+        ConfigError: it isn't a plan of this version.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            raise ConfigError(f"{path}: is a plan of version {found['version']}, not {VERSION}")
+        if not isinstance(found["digests"], dict) or not isinstance(found["config"], str):
+            raise TypeError
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: is not a plan of 'trace-ray plan --out'") from None
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The inputs a plan was made for."""
+
+    path: str
+    """Of the plan."""
+    digests: Mapping[str, str]
+
+    def require(self, now: Mapping[str, str]) -> None:
+        """Refuse inputs that have changed.
+
+        Args:
+            now: today's digests, of all inputs or some.
+
+        Raises:
+            ConfigError: naming each input that changed.
+        """
+        changed = [name for name in now if self.digests.get(name) != now[name]]
+        if changed:
+            raise ConfigError(
+                f"{self.path}: changed since it was planned: {', '.join(changed)}; plan again"
+            )

@@ -1,0 +1,393 @@
+"""What an ``apply`` would do and cost, before any model is trained.
+
+The pairs are read and the judge is prepared as ``apply`` would, and kept for it; of the pairs only a
+sample is judged, whose verdicts are kept too.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_ray.core import triage
+from trace_ray.core.metrics import share_interval
+from trace_ray.core.objectives import CORRECTED, WEIGHTED
+from trace_ray.core.policy_diff import policy_diff
+from trace_ray.models.adapters import adapter_sha256
+from trace_ray.rollout import estimate
+from trace_ray.rollout.estimate import GIB, Cost, Memory
+from trace_ray.rollout.judging import verdict_store
+from trace_ray.rollout.lineage import kept_policy
+from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
+from trace_ray.rollout.once import TRIAGE, earned_judge, read_pairs, triage_key
+from trace_ray.rollout.parallel import find_models
+from trace_ray.rollout.plan import Inputs, read_inputs
+from trace_ray.rollout.plan_file import digests
+from trace_ray.runtime.cluster import connected
+from trace_ray.runtime.judges import Exchange, JudgeSpec, judge_question
+from trace_ray.runtime.progress import FLEET, Board, Reporter, View
+from trace_ray.runtime.store import StageResult
+from trace_ray.runtime.train import ADAPTER
+from trace_ray.runtime.triage import JudgeCounts, read_triaged, triage_pairs
+from trace_ray.types import Category, Interval, TriagedPair
+
+CHANGES, NO_CHANGE, BLOCKED = "realign", "no change", "can't run"
+SEED = 0
+"""Of the sample."""
+_MEASURED_TOKENS = 64
+"""Pairs whose tokens are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class TriagePlan:
+    """The mix of the whole set, from a sample or from a triage that is done."""
+
+    pairs: int
+    judged: int
+    done: bool
+    """The whole set is triaged already."""
+    judge: str
+    shares: dict[str, Interval]
+    judge_calls: int
+    """Still to be made."""
+    tokens: int | None
+    """Of those calls; None for a judge that reads none."""
+    seconds: float
+    basis: str
+
+    @property
+    def conflicts(self) -> int:
+        """INVERT and PUNISH pairs expected in the whole set."""
+        share = self.shares[Category.INVERT].value + self.shares[Category.PUNISH].value
+        return round(share * self.pairs)
+
+    def to_row(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self) | {"conflicts": self.conflicts}
+
+
+@dataclass(slots=True)
+class ModelPlan:
+    """What one model would go through."""
+
+    name: str
+    action: str
+    why: str
+    policy_now: str
+    changes: list[tuple[str, str, str]] = field(default_factory=list)
+    """(clause, change, what differs) against the policy it runs."""
+    stages: list[Cost] = field(default_factory=list)
+    memory_bytes: int = 0
+    memory: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPlan:
+    """The whole plan."""
+
+    config: str
+    run_id: str
+    digests: dict[str, str]
+    """Of all inputs, by name."""
+    triage: TriagePlan | None
+    models: list[ModelPlan]
+
+    @property
+    def changes(self) -> bool:
+        """Whether an apply would do anything."""
+        return any(model.action == CHANGES for model in self.models)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a model can't run."""
+        return any(model.action == BLOCKED for model in self.models)
+
+    def to_row(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "config": self.config,
+            "run_id": self.run_id,
+            "digests": self.digests,
+            "triage": self.triage and self.triage.to_row(),
+            "models": [model.to_row() for model in self.models],
+        }
+
+
+def make_plan(config_path: str, sample: int) -> FleetPlan:
+    """Look at everything an ``apply`` of the config would do.
+
+    Args:
+        config_path: the fleet config.
+        sample: pairs that are judged for the estimate.
+
+    Raises:
+        TraceRayError: bad input, or a judge that isn't good enough.
+    """
+    import ray
+
+    inputs = read_inputs(config_path)
+    with connected():
+        board = ray.remote(num_cpus=0)(Board).remote()
+        fleet = Reporter(board, FLEET)
+        with View(board):
+            fleet("looking at the models")
+            sources, deployed, failed = find_models(inputs, inputs.config.models)
+            pairs, _ = read_pairs(inputs, fleet)
+            rows, planned, folder = _triage_plan(inputs, pairs, sample, fleet)
+            node = max((n["Resources"].get("memory", 0) for n in ray.nodes()), default=0)
+            models = []
+            for model in inputs.config.models:
+                if model.name in failed:
+                    models.append(ModelPlan(model.name, BLOCKED, failed[model.name], ""))
+                    continue
+                job = ModelJob(
+                    inputs,
+                    model,
+                    sources[model.name],
+                    deployed[model.name],
+                    str(pairs.path),
+                    str(folder) if folder else None,
+                    Reporter(None, model.name),
+                )
+                fleet("estimating", note=model.name)
+                models.append(_model_plan(job, rows, planned, node))
+    found = digests(inputs, sources, deployed)
+    return FleetPlan(str(Path(config_path).absolute()), inputs.run_id, found, planned, models)
+
+
+def _triage_plan(
+    inputs: Inputs, pairs: StageResult, sample: int, fleet: Reporter
+) -> tuple[list[TriagedPair], TriagePlan | None, Path | None]:
+    """Return triaged rows to look at, what they say of the whole set, and the triage's folder."""
+    import pyarrow.dataset as ds
+
+    table = ds.dataset(str(pairs.path / "pairs.parquet"), format="parquet")
+    n = table.count_rows()
+    take = sorted(random.Random(SEED).sample(range(n), min(sample, n)))
+    if inputs.config.objective == "sft":
+        rows = [_retained(row) for row in table.take(take).to_pylist()]
+        return rows, None, None
+    spec, card = earned_judge(inputs, fleet)
+    key = triage_key(inputs, pairs, spec)
+    folder = inputs.store.folder(TRIAGE, key)
+    done = inputs.store.find(TRIAGE, key)
+    if done is not None:
+        rows, _ = read_triaged(done.path / "rows")
+        found = TriagePlan(n, n, True, card.name, _shares(rows, exact=True), 0, None, 0.0, "done")
+        return rows, found, folder
+    fleet("judging a sample", note=f"{len(take)} of {n} pairs")
+    rows, counts, seconds = _judged(inputs, table.take(take), spec)
+    asked = counts.judge_calls + counts.cache_hits
+    calls = round(counts.judge_calls / len(take) * (n - len(take))) if len(take) < n else 0
+    rate, basis = _judge_rate(inputs, spec, counts, seconds)
+    tokens = _question_tokens(spec, rows, counts)
+    found = TriagePlan(
+        n,
+        len(take),
+        False,
+        card.name,
+        _shares(rows, exact=len(take) == n),
+        calls,
+        None if tokens is None else round(tokens * calls),
+        rate * (calls or 0),
+        f"{asked} questions about the sample, {counts.cache_hits} of them answered before; {basis}",
+    )
+    return rows, found, folder
+
+
+def _retained(row: dict[str, Any]) -> TriagedPair:
+    from trace_ray.types import Label, PreferencePair, Verdict
+
+    return TriagedPair(
+        PreferencePair.from_row(row), Category.RETAIN, Verdict(Label.COMPLIES, 0.0, "none")
+    )
+
+
+def _judged(
+    inputs: Inputs, table: Any, spec: JudgeSpec
+) -> tuple[list[TriagedPair], JudgeCounts, float]:
+    """Judge some pairs for real; the verdicts are stored, the triage of the sample is not."""
+    import pyarrow.parquet as pq
+
+    draft = inputs.store.run_dir(inputs.run_id) / f".sample-{time.time_ns()}"
+    draft.mkdir()
+    try:
+        pq.write_table(table, draft / "pairs.parquet")
+        started = time.monotonic()
+        triage_pairs(draft / "pairs.parquet", draft / "rows", spec, verdict_store(inputs))
+        seconds = time.monotonic() - started
+        rows, counts = read_triaged(draft / "rows")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return rows, counts, seconds
+
+
+def _shares(rows: list[TriagedPair], *, exact: bool) -> dict[str, Interval]:
+    counts, n = triage.counts(rows), len(rows)
+    found = {}
+    for category in Category:
+        count = counts[category]
+        share = count / n
+        found[str(category)] = (
+            Interval(share, share, share, n) if exact else share_interval(count, n)
+        )
+    return found
+
+
+def _judge_rate(
+    inputs: Inputs, spec: JudgeSpec, counts: JudgeCounts, seconds: float
+) -> tuple[float, str]:
+    """Return seconds per question, and where that is known from."""
+    for folder, record in inputs.store.finished(TRIAGE):
+        if record["inputs"].get("judge", ["", ""])[1] == spec.digest:
+            _, spent = read_triaged(folder / "rows")
+            if spent.judge_calls > counts.judge_calls:
+                rate = record["wall_s"] / spent.judge_calls
+                return rate, f"an earlier triage: {spent.judge_calls} in {record['wall_s']:.1f} s"
+    calls = max(counts.judge_calls, 1)
+    return seconds / calls, f"at most the sample's rate, {calls} in {seconds:.1f} s with the start"
+
+
+def _question_tokens(spec: JudgeSpec, rows: list[TriagedPair], counts: JudgeCounts) -> float | None:
+    """Return the mean tokens of one question; None for a judge that reads none."""
+    if counts.input_tokens:
+        return counts.input_tokens / max(counts.judge_calls, 1)
+    if not spec.model_dir:
+        return None
+    from trace_ray.models.chat import encode_prompt
+    from trace_ray.models.families import load_tokenizer
+
+    tokenizer = load_tokenizer(spec.model_dir)
+    asked = [
+        judge_question(spec.policy, Exchange(row.pair.prompt, row.pair.chosen))
+        for row in rows[:_MEASURED_TOKENS]
+    ]
+    return statistics.fmean(len(encode_prompt(tokenizer, question)) for question in asked)
+
+
+def _model_plan(
+    job: ModelJob, rows: list[TriagedPair], planned: TriagePlan | None, node: float
+) -> ModelPlan:
+    now, changes = _policy_now(job)
+    found = ModelPlan(job.model.name, CHANGES, "", now, changes)
+    if planned is not None and not planned.conflicts and planned.judged == planned.pairs:
+        found.action, found.why = NO_CHANGE, "no pair conflicts with the policy"
+        return found
+    found.stages, registered = _stages(job, rows, planned)
+    if all(cost.reused for cost in found.stages) and registered:
+        found.action, found.why = NO_CHANGE, "every stage is done and registered"
+        return found
+    if planned is not None and not planned.conflicts:
+        found.why = f"no conflict in {planned.judged} of {planned.pairs} pairs: likely no change"
+    if all(cost.reused for cost in found.stages):
+        found.why = "every stage is done: to be registered"
+        return found
+    memory = _memory(job, rows)
+    found.memory_bytes, found.memory = memory.total, str(memory)
+    if not job.model.resources.num_gpus and node and memory.total > node:
+        found.action = BLOCKED
+        found.why = (
+            f"needs about {memory.total / GIB:.1f} GiB to train ({memory}), the largest node has "
+            f"{node / GIB:.1f} GiB: set max_tokens, gradient_checkpointing or a smaller batch_size, "
+            "or add a larger node"
+        )
+    return found
+
+
+def _policy_now(job: ModelJob) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return the policy a model runs, as the registry recorded it, and how the new one differs."""
+    new, deployed = job.inputs.policy, job.deployed
+    parts = deployed.policy.split() if deployed else []
+    if len(parts) != 3:
+        return "not recorded", [(clause.id, "new to it", "") for clause in new.clauses]
+    shown, digest = f"{parts[0]} {parts[1]}", parts[2]
+    if digest == new.digest:
+        return shown, []
+    old = kept_policy(job.inputs.store.root, digest)
+    if old is None:
+        why = f"the text of {shown} is not kept here"
+        return shown, [(clause.id, "unknown", why) for clause in new.clauses]
+    return shown, [
+        (row.clause, row.change, ", ".join(row.fields)) for row in policy_diff(old, new).changed
+    ]
+
+
+def _stages(
+    job: ModelJob, rows: list[TriagedPair], planned: TriagePlan | None
+) -> tuple[list[Cost], bool]:
+    """Return each stage's cost (or that it is done), and whether its result is registered."""
+    inputs, store, objective = job.inputs, job.inputs.store, job.model.training.objective
+    weighted = objective in WEIGHTED
+    done: dict[str, StageResult | None] = {}
+    # An oracle's replies change what models train on: until they are written nobody knows the key.
+    known = not (objective in CORRECTED or inputs.config.flip_labels)
+    if weighted:
+        done[SCORES] = store.find(SCORES, job.scores_key()) if known else None
+    scores = store.folder(SCORES, job.scores_key()).name if weighted else ""
+    trained = store.find(ADAPTERS, job.adapter_key(scores)) if known else None
+    done[ADAPTERS] = trained
+    sha256 = adapter_sha256(trained.path / ADAPTER) if trained else ""
+    if inputs.config.evaluation is not None:
+        done[MEASURES] = store.find(MEASURES, job.measures_key(sha256)) if sha256 else None
+    open_ = [stage for stage, result in done.items() if result is None]
+    costs = _open_costs(job, rows, planned, open_) if open_ else {}
+    found = [costs.get(stage, Cost(stage, True, None, "done")) for stage in done]
+    return found, bool(sha256) and _is_registered(job, sha256)
+
+
+def _is_registered(job: ModelJob, sha256: str) -> bool:
+    registry = job.inputs.registry()
+    wanted = (sha256, job.inputs.policy.digest)
+    return any(
+        (version.tags.get("adapter_sha256"), version.tags.get("policy_digest")) == wanted
+        for version in registry.versions(registry.registered_name(job.model.name))
+    )
+
+
+def _open_costs(
+    job: ModelJob, rows: list[TriagedPair], planned: TriagePlan | None, stages: list[str]
+) -> dict[str, Cost]:
+    training, evaluation = job.model.training, job.inputs.config.evaluation
+    pairs = planned.pairs if planned else len(rows)
+    steps = training.max_steps or math.ceil(pairs * training.epochs / training.batch_size)
+    prompts = min(len(job.inputs.prompts), (evaluation and evaluation.max_prompts) or 1 << 30)
+    tokens = _pair_tokens(job, rows)
+    units = {
+        SCORES: (planned.conflicts if planned else 0) + training.impact.gold_batch,
+        ADAPTERS: steps * training.batch_size,
+        MEASURES: prompts,
+    }
+    answer = evaluation.max_new_tokens if evaluation else 0
+    per_unit = {SCORES: tokens, ADAPTERS: tokens, MEASURES: tokens / 2 + answer}
+    shape = estimate.shape_of(Path(job.base_dir), training.lora.targets)
+    return estimate.stage_costs(job, shape, {s: units[s] for s in stages}, per_unit)
+
+
+def _memory(job: ModelJob, rows: list[TriagedPair]) -> Memory:
+    shape = estimate.shape_of(Path(job.base_dir), job.model.training.lora.targets)
+    return estimate.training_memory(job, shape, _pair_tokens(job, rows))
+
+
+def _pair_tokens(job: ModelJob, rows: list[TriagedPair]) -> float:
+    """Mean tokens of a pair, both responses with their prompt."""
+    from trace_ray.models.chat import encode_prompt, encode_response
+    from trace_ray.models.families import load_tokenizer
+
+    tokenizer = load_tokenizer(job.base_dir)
+    limit = job.model.training.max_length
+    found = []
+    for row in rows[:_MEASURED_TOKENS]:
+        prompt = len(encode_prompt(tokenizer, row.pair.prompt))
+        for text in (row.pair.chosen, row.pair.rejected):
+            found.append(min(prompt + len(encode_response(tokenizer, text)), limit))
+    return 2 * statistics.fmean(found)

@@ -1,0 +1,147 @@
+"""Who may change a fleet: one holder at a time, named to everybody else.
+
+The lock is a file that appears by one link, so two machines that share a storage folder can't both
+make it. A holder on the same host whose process is gone has lost it; one on another host can't be
+looked at, so only ``--force-unlock`` takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from trace_ray.errors import StateError
+from trace_ray.runtime.store import write_json
+
+LOCK, GUARD = "lock.json", ".guard"
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def user_name() -> str:
+    """Return the login of this process, or its number where it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that holds a fleet."""
+
+    host: str
+    pid: int
+    born: str
+    """When the process began, in the kernel's ticks: a number used again isn't the same process."""
+    user: str
+    since: str
+    token: str
+    """Differs for every acquisition."""
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """Return a new holder for the running process."""
+        pid = os.getpid()
+        host, born = socket.gethostname(), _born(pid) or ""
+        return cls(host, pid, born, user_name(), now(), uuid.uuid4().hex)
+
+    def __str__(self) -> str:
+        return f"{self.user} on {self.host}, process {self.pid}, since {self.since}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process, on this host, has ended; False for other hosts."""
+        return self.host == socket.gethostname() and _born(self.pid) != self.born
+
+
+def _born(pid: int) -> str | None:
+    """Return when a process of this host began; None for one that has ended (or waits to be reaped)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+class FleetLock:
+    """The lock in one state folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LOCK
+        self.mine: Holder | None = None
+
+    def holder(self) -> Holder | None:
+        """Return who holds the fleet now, if anybody."""
+        try:
+            return Holder(**json.loads(self.path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            raise StateError(
+                f"{self.path}: is not a lock file; look who runs the fleet, then delete it"
+            ) from None
+
+    def acquire(self, *, force: bool = False) -> str | None:
+        """Take the lock; return a note where it was taken over from another holder.
+
+        Args:
+            force: take it from whoever holds it.
+
+        Raises:
+            StateError: somebody else holds it, with the name.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._guarded():
+            other, note = self.holder(), None
+            if other is not None:
+                if not force and not other.is_gone:
+                    raise StateError(
+                        f"the fleet is held by {other} ({self.path}): wait for it, stop it with "
+                        "'trace-ray cancel', or, if that process is gone, add --force-unlock"
+                    )
+                why = "its process is gone" if other.is_gone else "--force-unlock"
+                note = f"took the fleet over from {other}: {why}"
+                self.path.unlink(missing_ok=True)
+            mine = Holder.this_process()
+            draft = self.folder / f".{LOCK}.{mine.token}"
+            write_json(draft, asdict(mine))
+            try:
+                os.link(draft, self.path)
+            except FileExistsError:
+                raise StateError(f"the fleet was taken by {self.holder()} just now") from None
+            finally:
+                draft.unlink(missing_ok=True)
+            self.mine = mine
+            return note
+
+    def is_mine(self) -> bool:
+        """Whether this process still holds the fleet."""
+        return self.mine is not None and self.holder() == self.mine
+
+    def release(self) -> None:
+        """Give the lock up, if it is still held."""
+        with self._guarded():
+            if self.is_mine():
+                self.path.unlink(missing_ok=True)
+        self.mine = None
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Keep other processes of this host out while a dead holder's file is replaced."""
+        with (self.folder / GUARD).open("w") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
