@@ -8,6 +8,7 @@
     ├── TrainError       training stopped without a usable adapter
     ├── RegistryError    MLflow
     ├── ServeError       the endpoint
+    ├── RolloutError     a promotion or rollback that is refused or can't go on
     └── AuditError       the audit chain is broken or can't be written
 
 The first three are the user's to mend; the CLI prints any of the tree without a traceback and
@@ -47,6 +48,10 @@ class RegistryError(TraceRayError, RuntimeError):
 
 class ServeError(TraceRayError, RuntimeError):
     """The endpoint can't start or can't answer."""
+
+
+class RolloutError(TraceRayError, RuntimeError):
+    """A promotion or rollback that is refused, or that can't go on."""
 
 
 class AuditError(TraceRayError, RuntimeError):

@@ -112,8 +112,6 @@ def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
     models = report["models"]
     digests = {f"adapter:{model['name']}": model["adapter_sha256"] for model in models}
     digests |= {"policy": inputs.policy.digest, "data": inputs.data_digest}
-    if any(record.inputs == digests for record in log.records()):
-        return
     made = (
         "name",
         "adapter_id",
@@ -123,12 +121,17 @@ def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
         "tpa_after",
         "gate",
     )
+    rows = json.loads(json.dumps([{key: model[key] for key in made} for model in models]))
+    if any(
+        record.inputs == digests and record.evidence["models"] == rows for record in log.records()
+    ):
+        return
     log.append(
         "realign",
         digests,
         {
             "run_id": inputs.run_id,
-            "models": [{key: model[key] for key in made} for model in models],
+            "models": rows,
             "failed": report["failed"],
             "unchanged": report["unchanged"],
         },

@@ -90,7 +90,7 @@ class AuditLog:
             at = datetime.now(UTC).isoformat(timespec="milliseconds")
             # Through JSON first: what is digested must be what is read back.
             plain = json.loads(json.dumps([dict(inputs), dict(evidence)], allow_nan=False))
-            record = chained(head_of(records), at, who or _user(), what, *plain)
+            record = chained(head_of(records), at, who or user(), what, *plain)
             line = json.dumps(record.to_row(), ensure_ascii=False, allow_nan=False) + "\n"
             with (self.folder / CHAIN).open("ab") as file:
                 file.write(line.encode())
@@ -179,7 +179,8 @@ class AuditLog:
             raise AuditError(f"{self.folder}: can't be used: {error.strerror}") from None
 
 
-def _user() -> str:
+def user() -> str:
+    """Return the login of the user running the process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
