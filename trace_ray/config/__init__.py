@@ -211,7 +211,8 @@ class TrackingConfig(Section):
     """Registered models are called ``<prefix>-<model name>``."""
     experiment: str = "trace-ray"
     alias: str = "challenger"
-    """Alias given to the new version."""
+    """Alias given to the new version; ``champion`` only where no other version is champion, else
+    ``challenger``."""
 
 
 class FleetConfig(Section):

@@ -14,7 +14,7 @@ from trace_ray.core.policy import Policy
 from trace_ray.runtime.store import write_json, write_rows
 from trace_ray.types import EvalPrompt, Message, Prompt
 
-MEASURES, ANSWERS = "measures.json", "answers.parquet"
+MEASURES, ANSWERS, OUTCOMES = "measures.json", "answers.parquet", "outcomes.json"
 
 
 @dataclass(frozen=True, slots=True)
