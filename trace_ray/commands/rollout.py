@@ -57,6 +57,18 @@ def rollback(
         _say(change, "nothing to go back to: every model is there already")
 
 
+@app.command("report")
+def report(
+    config: ConfigPath,
+    run: Annotated[str | None, typer.Option(help="Run id; the newest if left out.")] = None,
+) -> None:
+    """Write a run's page anew, with the decisions since; apply writes the first."""
+    with exits_cleanly():
+        from trace_ray.rollout.html_report import write_html
+
+        typer.echo(write_html(str(config), run))
+
+
 def _say(change: dict[str, Any] | None, nothing: str) -> None:
     if change is None:
         typer.echo(nothing)

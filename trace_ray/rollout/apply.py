@@ -20,6 +20,7 @@ from trace_ray.errors import DataError, ModelError, TraceRayError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.conflicts import prepare
+from trace_ray.rollout.html_report import write_html
 from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, data_digest, read_inputs
 from trace_ray.rollout.realign import Deployed, ModelJob, realign
@@ -101,6 +102,7 @@ def apply(config_path: str) -> dict[str, Any]:
     write_review(run_dir / REVIEW, inputs.policy, triaged.rows)
     reports.write(inputs, run_dir, report, triaged.trained, results)
     _audit(inputs, report)
+    write_html(config_path, inputs.run_id)
     return report
 
 

@@ -113,6 +113,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
             "wall_s",
             "impact",
             "answers_path",
+            "adapter_path",
         )
     }
     before, after = (measures["before"], measures["after"]) if measures else (None, None)

@@ -135,6 +135,13 @@ class Registry:
                     self._mark_champion(name, version)
             self._client.set_registered_model_alias(name, move.alias, str(move.after))
 
+    def log_artifact(self, registered_as: str, path: Path) -> None:
+        """Keep a file with the run of a version (``name/version``); of one name, the last stays."""
+        name, _, version = registered_as.rpartition("/")
+        with told(self.uri, f"{path} can't be kept with {registered_as}"):
+            run_id = self._client.get_model_version(name, version).run_id
+            self._client.log_artifact(str(run_id), str(path))
+
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Return all versions of a registered model (its full name), oldest first, with aliases.
 
