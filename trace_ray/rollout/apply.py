@@ -22,6 +22,7 @@ from trace_ray.rollout import report as reports
 from trace_ray.rollout.conflicts import prepare
 from trace_ray.rollout.html_report import write_html
 from trace_ray.rollout.judging import prepared_judge, verdict_store
+from trace_ray.rollout.overlap import refuse_overlap
 from trace_ray.rollout.plan import Inputs, data_digest, read_inputs
 from trace_ray.rollout.realign import Deployed, ModelJob, realign
 from trace_ray.rollout.review import REVIEW, write_review
@@ -73,6 +74,7 @@ def apply(config_path: str) -> dict[str, Any]:
                 m.name: _deployed(inputs, registry, m, sources) for m in inputs.config.models
             }
             pairs, ingested = _ingest(inputs, fleet)
+            refuse_overlap(inputs, pairs.path / "pairs.parquet")
             if inputs.config.objective == "sft":
                 rows = _all_retained(pairs.path)
                 triaged = Triaged(rows, rows, None, JudgeCounts(), None)

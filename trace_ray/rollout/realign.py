@@ -28,6 +28,9 @@ from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, train
 from trace_ray.runtime.triage import read_triaged
 from trace_ray.types import Category, content_digest
 
+MEASURE_INPUTS = {"prompts", "retention_prompts", "must_comply", "near_duplicate"}
+"""Of the evaluation section: files, which count by their content, and what measuring doesn't read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
@@ -251,7 +254,8 @@ def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
         policy=inputs.policy.digest,
         prompts=content_digest([item.to_row() for item in inputs.prompts]),
         retention=content_digest([[t.to_row() for t in p] for p in inputs.retention]),
-        evaluation=evaluation.model_dump(mode="json", exclude={"prompts", "retention_prompts"}),
+        must_comply=content_digest([[t.to_row() for t in p] for p in inputs.must_comply]),
+        evaluation=evaluation.model_dump(mode="json", exclude=MEASURE_INPUTS),
         blimp=_has_blimp(),
     )
 
@@ -280,6 +284,7 @@ def _measure_worker(job: ModelJob, adapter: str, out: str) -> None:
             policy=inputs.policy,
             prompts=inputs.prompts,
             retention=inputs.retention,
+            must_comply=inputs.must_comply,
             config=evaluation,
             engine=job.model.engine,
             num_threads=job.model.resources.n_threads,
