@@ -87,6 +87,21 @@ def test_too_many_bad_rows_stop_the_run_and_are_kept(tmp_path, fleet):
     assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [5, 6]
 
 
+def test_evaluation_prompts_that_are_trained_on_are_refused_with_counts(tmp_path, fleet):
+    tiny_model(tmp_path / "model")
+    rows = [
+        {"prompt": f"How do I reset my {word} on the web today?", "chosen": "foo", "rejected": "ok"}
+        for word in ("password", "phone")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [rows[0]["prompt"], rows[1]["prompt"].upper(), "What is the capital of France?"]
+    prompts = [{"prompt": prompt, "bin": "invert"} for prompt in asked]
+    (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    fleet["evaluation"] = {"prompts": "heldout.jsonl"}
+    done = apply(tmp_path, fleet)
+    assert_refused(done, "heldout.jsonl: 1 of 3 prompts are training prompts too, 1 more", "row 2")
+
+
 def test_policy_check_shows_every_error(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("id: p\nversion: '1'\nclauses:\n  - {id: a, txt: x}\n  - {id: b, text: ''}\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trace_ray.commands import fleet, lineage
+from trace_ray.commands import audit, fleet, lineage, rollout
 from trace_ray.errors import ConfigError, StoppedError, TraceRayError
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ verdicts_app = typer.Typer(help="Work with stored verdicts.", no_args_is_help=Tr
 app.add_typer(verdicts_app, name="verdicts")
 review_app = typer.Typer(help="Bring people's answers in.", no_args_is_help=True)
 app.add_typer(review_app, name="review")
-audit_app = typer.Typer(help="The tamper-evident log of decisions.", no_args_is_help=True)
-app.add_typer(audit_app, name="audit")
+app.add_typer(audit.app, name="audit")
+app.add_typer(rollout.app, name="rollout")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config (YAML).")]
 
@@ -406,20 +406,6 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)
-
-
-@audit_app.command("verify")
-def audit_verify(
-    target: Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="Fleet config or chain.")],
-) -> None:
-    """Check that no record of the audit chain was edited, dropped, reordered or cut off."""
-    with exits_cleanly():
-        from trace_ray.runtime.audit_log import AuditLog, audit_folder
-
-        folder = target if target.is_dir() else audit_folder(target)
-        chain = AuditLog(folder).verify()
-        signed = "signed head" if chain.signed else "head not signed"
-        typer.echo(f"{folder}: {chain.records} records, unbroken, {signed}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
     ├── TrainError       training stopped without a usable adapter
     ├── RegistryError    MLflow
     ├── ServeError       the endpoint
+    ├── RolloutError     a promotion or rollback that is refused or can't go on
     ├── AuditError       the audit chain is broken or can't be written
     └── StateError       the fleet is held by somebody else, or its state can't be read
         └── StoppedError     somebody asked the run to stop
@@ -49,6 +50,10 @@ class RegistryError(TraceRayError, RuntimeError):
 
 class ServeError(TraceRayError, RuntimeError):
     """The endpoint can't start or can't answer."""
+
+
+class RolloutError(TraceRayError, RuntimeError):
+    """A promotion or rollback that is refused, or that can't go on."""
 
 
 class AuditError(TraceRayError, RuntimeError):

@@ -236,7 +236,9 @@ class EvalPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95% confidence interval over ``n`` items."""
+    """An estimate with its confidence interval over ``n`` items: at 95%, unless its maker says otherwise
+    (the gate's are at 1 - 2 alpha, the sequential test's hold at any time).
+    """
 
     value: float
     ci_low: float

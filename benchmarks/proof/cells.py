@@ -116,6 +116,7 @@ def _example(name: str) -> dict[str, Any]:
     """Read an example with its inputs' paths made absolute."""
     folder = ROOT / "examples"
     config = yaml.safe_load((folder / name).read_text())
+    config.pop("gate", None)  # decides nothing that the cells measure
     places = [(config, "policy"), (config["data"], "source"), (config["data"], "gold")]
     places += [(config.get("judge", {}), "labels"), (config.get("evaluation", {}), "prompts")]
     for section, key in places:

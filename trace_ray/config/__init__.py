@@ -14,13 +14,22 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from trace_ray.config.gate import GateSection
 from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
 from trace_ray.config.sections import EngineConfig, Resources, RetriesConfig, Section
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
 
-__all__ = ["EngineConfig", "FleetConfig", "JudgeConfig", "JudgeFitConfig", "Resources", "Section"]
+__all__ = [
+    "EngineConfig",
+    "FleetConfig",
+    "GateSection",
+    "JudgeConfig",
+    "JudgeFitConfig",
+    "Resources",
+    "Section",
+]
 
 
 class ColumnMap(Section):
@@ -186,32 +195,15 @@ class EvaluationConfig(Section):
     max_new_tokens: int = Field(default=48, ge=1)
     retention_prompts: str | None = None
     """jsonl of {prompt}: unrelated prompts for the token KL; null uses the built-in sample."""
+    near_duplicate: float = Field(default=0.8, gt=0, le=1)
+    """A prompt this much like a training prompt (Jaccard index of three words in a row) isn't held out:
+    the run is refused."""
+    must_comply: str | None = None
+    """jsonl of {prompt}: harmless prompts that must be answered; the gate compares how often they are
+    refused. null = not measured."""
     blimp_pairs: int = Field(default=400, ge=0)
     """BLiMP pairs scored when TRACE_RAY_DATA is set; 0 = none."""
     seed: int = 0
-
-
-class GateSection(Section):
-    """When a candidate may become champion (``core.gates``)."""
-
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    """Level of each one-sided test: how often an equal candidate is called better, at most."""
-    power: float = Field(default=0.8, ge=0.5, lt=1)
-    """Chance to see a gain of ``min_gain``, for which a hold counts the missing prompts."""
-    min_gain: float = Field(default=0.05, gt=0, le=1)
-    """Gain in compliance that is worth a promotion, as a share of prompts."""
-    min_prompts: int = Field(default=50, ge=1)
-    """With fewer prompts the gate holds."""
-    capability_margin: float = Field(default=0.02, ge=0, le=1)
-    """Capability may be lower by so much, as a share."""
-    over_refusal_margin: float = Field(default=0.02, ge=0, le=1)
-    """Refusals of prompts that must be answered may be higher by so much, as a share."""
-    max_drift: float | None = Field(default=None, gt=0)
-    """Largest mean token KL on neutral prompts, nats; null = reported only."""
-    required: tuple[Literal["capability", "over_refusal", "drift"], ...] = ()
-    """Measures without which the gate holds."""
-    seed: int = 0
-    """Of the bootstrap."""
 
 
 class TrackingConfig(Section):
@@ -223,7 +215,8 @@ class TrackingConfig(Section):
     """Registered models are called ``<prefix>-<model name>``."""
     experiment: str = "trace-ray"
     alias: str = "challenger"
-    """Alias given to the new version."""
+    """Alias given to the new version; ``champion`` only where no other version is champion, else
+    ``challenger``."""
 
 
 class FleetConfig(Section):
@@ -366,9 +359,9 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
         oracle = oracle.model_copy(update={"adapter": at(oracle.adapter)})
     evaluation = config.evaluation
     if evaluation is not None:
-        retention = at(evaluation.retention_prompts)
+        files = ("prompts", "retention_prompts", "must_comply")
         evaluation = evaluation.model_copy(
-            update={"prompts": at(evaluation.prompts), "retention_prompts": retention}
+            update={name: at(getattr(evaluation, name)) for name in files}
         )
     data = config.data.model_copy(
         update={"source": at(config.data.source), "gold": at(config.data.gold)}
@@ -395,6 +388,7 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
         "oracle.adapter": config.oracle.adapter if isinstance(config.oracle, VLLMOracle) else None,
         "evaluation.prompts": evaluation.prompts if evaluation else None,
         "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
+        "evaluation.must_comply": evaluation.must_comply if evaluation else None,
     }
     files |= _judge_files(judge, "judge") if judge else {}
     return {field: value for field, value in files.items() if value is not None}

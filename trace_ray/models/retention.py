@@ -61,17 +61,17 @@ def _inference(model: PeftModel) -> Iterator[None]:
         yield
 
 
-def token_kl(
+def token_kls(
     model: PeftModel, exchanges: Sequence[tuple[list[int], list[int]]], *, batch_size: int = 8
-) -> float:
-    """Return KL(deployed || realigned), nats, averaged over the tokens of the deployed one's replies.
+) -> list[tuple[float, int]]:
+    """Return KL(deployed || realigned) of each exchange: nats per token of its reply, and its tokens.
 
     Args:
         model: the realigned adapter as ``default``, the deployed one as ``ref`` or the base.
         exchanges: encoded (prompt, reply) of unrelated prompts, the replies the deployed model's.
         batch_size: sequences per pass.
     """
-    total, tokens = 0.0, 0.0
+    found: list[tuple[float, int]] = []
     with _inference(model):
         for start in range(0, len(exchanges), batch_size):
             batch = _padded(model, exchanges[start : start + batch_size])
@@ -79,9 +79,9 @@ def token_kl(
             with reference(model):
                 before, _ = response_logits(model, batch)
             lengths = batch["mask"].sum(1)
-            total += float((losses.retain_kl(logits, before, batch["mask"], at) * lengths).sum())
-            tokens += float(lengths.sum())
-    return total / tokens if tokens else 0.0
+            means = losses.retain_kl(logits, before, batch["mask"], at)
+            found += zip(means.tolist(), map(int, lengths.tolist()), strict=True)
+    return found
 
 
 def blimp_pairs(limit: int) -> list[tuple[str, str]]:
@@ -96,15 +96,15 @@ def blimp_pairs(limit: int) -> list[tuple[str, str]]:
     return [(row["sentence_good"], row["sentence_bad"]) for row in rows[::step][:limit]]
 
 
-def blimp_accuracy(
+def blimp_outcomes(
     model: PeftModel,
     tokenizer: Any,
     pairs: Sequence[tuple[str, str]],
     *,
     trained: bool,
     batch_size: int = 32,
-) -> float:
-    """Return the share of pairs whose good sentence is the likelier (Warstadt et al. 2020).
+) -> list[bool]:
+    """Return for each pair whether its good sentence is the likelier (Warstadt et al. 2020).
 
     Each sentence is scored whole, after the beginning-of-sequence token.
     """
@@ -123,8 +123,7 @@ def blimp_accuracy(
             found = logprobs.sequence_logps(logits, batch["labels"], batch["mask"], at)
             for i, value in zip(part, found.tolist(), strict=True):
                 scores[i] = value
-    right = sum(scores[i] > scores[i + 1] for i in range(0, len(scores), 2))
-    return right / len(pairs)
+    return [scores[i] > scores[i + 1] for i in range(0, len(scores), 2)]
 
 
 def _padded(

@@ -16,10 +16,12 @@ from trace_ray.config import ModelConfig
 from trace_ray.core import triage
 from trace_ray.errors import ConfigError, TraceRayError
 from trace_ray.rollout import report as reports
+from trace_ray.rollout.html_report import write_html
 from trace_ray.rollout.keeper import Keeper, held
 from trace_ray.rollout.lineage import SETS, keep_policy, set_digests
 from trace_ray.rollout.model_job import ModelJob
 from trace_ray.rollout.once import Triaged, read_pairs, triage_all
+from trace_ray.rollout.overlap import refuse_overlap
 from trace_ray.rollout.parallel import find_models, keep_result, kept_results, run_models
 from trace_ray.rollout.plan import Inputs, read_inputs
 from trace_ray.rollout.plan_file import Expected, digests, input_digests, is_plan, read_plan
@@ -84,6 +86,7 @@ def apply(
         if len(failed) == len(models):
             raise all_failed(report["failed"], config_path)
         _audit(inputs, report)
+        write_html(config_path, inputs.run_id)
     return report
 
 
@@ -110,6 +113,7 @@ def _run(
             if len(failed) == len(names):
                 raise all_failed(failed, keeper.journal.record.config)
             pairs, ingested = read_pairs(inputs, fleet)
+            refuse_overlap(inputs, pairs.path / "pairs.parquet")
             triaged = triage_all(inputs, pairs, fleet)
             write_json(inputs.store.run_dir(inputs.run_id) / SETS, set_digests(triaged.rows))
             keep_policy(inputs.store.root, inputs.policy)
@@ -164,8 +168,6 @@ def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
     models = report["models"]
     digests = {f"adapter:{model['name']}": model["adapter_sha256"] for model in models}
     digests |= {"policy": inputs.policy.digest, "data": inputs.data_digest}
-    if any(record.inputs == digests for record in log.records()):
-        return
     made = (
         "name",
         "adapter_id",
@@ -175,12 +177,17 @@ def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
         "tpa_after",
         "gate",
     )
+    rows = json.loads(json.dumps([{key: model[key] for key in made} for model in models]))
+    if any(
+        record.inputs == digests and record.evidence["models"] == rows for record in log.records()
+    ):
+        return
     log.append(
         "realign",
         digests,
         {
             "run_id": inputs.run_id,
-            "models": [{key: model[key] for key in made} for model in models],
+            "models": rows,
             "failed": report["failed"],
             "unchanged": report["unchanged"],
         },

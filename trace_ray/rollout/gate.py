@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +11,44 @@ from trace_ray.config import GateSection
 from trace_ray.core.checks import violated_clauses
 from trace_ray.core.gates import GateConfig, GateDecision, GateEvidence, PairedOutcomes, decide
 from trace_ray.core.policy import Policy
+from trace_ray.runtime.measure import OUTCOMES
 from trace_ray.runtime.store import read_rows
 from trace_ray.types import EvalPrompt
 
 
 def gate_answers(policy: Policy, answers_path: str | Path, section: GateSection) -> GateDecision:
-    """Decide on the paired answers that ``runtime.measure`` wrote: as a whole and by clause.
-
-    Capability, over-refusal and drift have no outcomes per item there, so they count as not
-    measured.
+    """Decide on what ``runtime.measure`` wrote: compliance, clauses, and each further measure it has.
 
     Args:
         policy: whose checked clauses are compared.
-        answers_path: ``answers.parquet``: the deployed model's and the candidate's answers.
+        answers_path: ``answers.parquet``, with ``outcomes.json`` beside it.
         section: the config's ``gate``.
     """
-    rows = read_rows(Path(answers_path))
-    compliance = _paired(
-        [row["before_agrees"] for row in rows], [row["after_agrees"] for row in rows]
-    )
+    outcomes = Path(answers_path).with_name(OUTCOMES)
+    # A measurement of an earlier version has none: its measures count as not made.
+    more = json.loads(outcomes.read_text()) if outcomes.exists() else {}
+    return gate_rows(policy, read_rows(Path(answers_path)), more, section)
+
+
+def gate_rows(
+    policy: Policy,
+    answers: Sequence[Mapping[str, Any]],
+    outcomes: Mapping[str, Any],
+    section: GateSection,
+) -> GateDecision:
+    """Decide on paired answers and outcomes.
+
+    Args:
+        policy: whose checked clauses are compared.
+        answers: rows of ``answers.parquet``.
+        outcomes: ``capability`` and ``over_refusal`` as {before: [...], after: [...]}, ``drift`` as
+            one number per prompt; what is missing or null was not measured.
+        section: the config's ``gate``.
+    """
     violated: dict[str, list[set[str]]] = {
         side: [
             set(violated_clauses(policy, EvalPrompt.from_row(row).prompt, row[side]))
-            for row in rows
+            for row in answers
         ]
         for side in ("before", "after")
     }
@@ -42,7 +59,21 @@ def gate_answers(policy: Policy, answers_path: str | Path, section: GateSection)
         for clause in policy.clauses
         if clause.checks is not None
     }
-    return decide(GateEvidence(compliance, clauses), GateConfig(**section.model_dump()))
+    further = {
+        name: _paired(found["before"], found["after"])
+        for name in ("capability", "over_refusal")
+        if (found := outcomes.get(name))
+    }
+    drift = outcomes.get("drift")
+    evidence = GateEvidence(
+        _paired(
+            [row["before_agrees"] for row in answers], [row["after_agrees"] for row in answers]
+        ),
+        clauses,
+        drift=tuple(drift) if drift else None,
+        **further,
+    )
+    return decide(evidence, GateConfig(**section.model_dump()))
 
 
 def gate_row(
@@ -52,5 +83,5 @@ def gate_row(
     return gate_answers(policy, answers_path, section).to_row() if answers_path else None
 
 
-def _paired(before: list[bool], after: list[bool]) -> PairedOutcomes:
+def _paired(before: Sequence[float], after: Sequence[float]) -> PairedOutcomes:
     return PairedOutcomes(tuple(map(float, before)), tuple(map(float, after)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ray.core.checks import evaluate_policy
+from trace_ray.core.overlap import PromptIndex
 from trace_ray.core.policy import Policy
 from trace_ray.core.triage import categorise
 from trace_ray.data.files import locate
@@ -20,12 +21,19 @@ from trace_ray.types import Category, EvalPrompt, PreferencePair
 
 
 def write_heldout(
-    source: str, schema: Schema, policy: Policy, out: Path, *, skip: int, size: int
+    source: str,
+    schema: Schema,
+    policy: Policy,
+    out: Path,
+    *,
+    skip: int,
+    size: int,
+    near_duplicate: float = 0.8,
 ) -> dict[str, int]:
     """Write the prompts of the ``size`` distinct pairs after the first ``skip`` as evaluation prompts.
 
     Each prompt's bin is its pair's category by the policy's ``checks``. A prompt that the first
-    ``skip`` pairs hold too is left out.
+    ``skip`` pairs hold too, or one nearly the same, is left out.
 
     Returns:
         Prompts per bin.
@@ -34,14 +42,14 @@ def write_heldout(
         DataError: the source holds too few pairs.
     """
     pairs = _distinct_pairs(source, schema)
-    trained = {pair.prompt for pair in itertools.islice(pairs, skip)}
+    trained = PromptIndex([pair.prompt for pair in itertools.islice(pairs, skip)], near_duplicate)
     items: dict[str, EvalPrompt] = {}
     for pair in pairs:
         chosen, rejected = (
             evaluate_policy(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected)
         )
         category = categorise(chosen, rejected)
-        if pair.prompt not in trained and category is not Category.UNJUDGED:
+        if category is not Category.UNJUDGED and not any(trained.find(pair.prompt)):
             items.setdefault(pair.pair_id, EvalPrompt(pair.prompt, category))
         if len(items) == size:
             break

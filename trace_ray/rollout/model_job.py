@@ -16,6 +16,9 @@ from trace_ray.types import content_digest
 SCORES, ADAPTERS, MEASURES = "scores", "adapters", "measures"
 """The stages of a model that the store keeps."""
 
+_NOT_MEASURED = {"prompts", "retention_prompts", "must_comply", "near_duplicate"}
+"""Of the evaluation section: files, which count by their content, and what measuring doesn't read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
@@ -93,6 +96,7 @@ class ModelJob:
             policy=inputs.policy.digest,
             prompts=content_digest([item.to_row() for item in inputs.prompts]),
             retention=content_digest([[t.to_row() for t in p] for p in inputs.retention]),
-            evaluation=evaluation.model_dump(mode="json", exclude={"prompts", "retention_prompts"}),
+            must_comply=content_digest([[t.to_row() for t in p] for p in inputs.must_comply]),
+            evaluation=evaluation.model_dump(mode="json", exclude=_NOT_MEASURED),
             blimp=bool(blimp_pairs(1)),
         )

@@ -35,6 +35,7 @@ class Inputs:
     labels: list[LabelledResponse]
     prompts: list[EvalPrompt]
     retention: list[Prompt]
+    must_comply: list[Prompt]
     gold: dict[str, Category]
     data_digest: str
     """Digest of the preference data and of how it is read."""
@@ -73,6 +74,7 @@ def read_inputs(config_path: str) -> Inputs:
     judge, evaluation = config.judge, config.evaluation
     labels = read_labels(Path(judge.labels)) if judge and judge.labels else []
     retention = evaluation.retention_prompts if evaluation else None
+    must_comply = evaluation.must_comply if evaluation else None
     digest = data_digest(config, locate(config.data.source))
     inputs = {
         "config": config.model_dump(
@@ -89,6 +91,7 @@ def read_inputs(config_path: str) -> Inputs:
         labels=labels,
         prompts=read_eval_prompts(Path(evaluation.prompts)) if evaluation else [],
         retention=read_prompts(Path(retention)) if retention else [],
+        must_comply=read_prompts(Path(must_comply)) if must_comply else [],
         gold=read_gold(Path(config.data.gold)) if config.data.gold else {},
         data_digest=digest,
         run_id=f"{policy.id}-{policy.version}-{content_digest(inputs)[:8]}",

@@ -214,6 +214,7 @@ def _measure_worker(job: ModelJob, adapter: str, out: str) -> None:
             policy=inputs.policy,
             prompts=inputs.prompts,
             retention=inputs.retention,
+            must_comply=inputs.must_comply,
             config=evaluation,
             engine=job.model.engine,
             num_threads=job.model.resources.n_threads,

@@ -113,6 +113,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
             "wall_s",
             "impact",
             "answers_path",
+            "adapter_path",
         )
     }
     before, after = (measures["before"], measures["after"]) if measures else (None, None)
@@ -124,6 +125,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
         if before and after
         else None,
         "retention": measures["retention"] if measures else None,
+        "over_refusal": measures["over_refusal"] if measures else None,
     }
 
 

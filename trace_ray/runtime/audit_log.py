@@ -90,7 +90,7 @@ class AuditLog:
             at = datetime.now(UTC).isoformat(timespec="milliseconds")
             # Through JSON first: what is digested must be what is read back.
             plain = json.loads(json.dumps([dict(inputs), dict(evidence)], allow_nan=False))
-            record = chained(head_of(records), at, who or _user(), what, *plain)
+            record = chained(head_of(records), at, who or user(), what, *plain)
             line = json.dumps(record.to_row(), ensure_ascii=False, allow_nan=False) + "\n"
             with (self.folder / CHAIN).open("ab") as file:
                 file.write(line.encode())
@@ -127,23 +127,7 @@ class AuditLog:
         path = self.folder / CHAIN
         if not path.exists():
             return []
-        lines = path.read_bytes().split(b"\n")
-        if lines.pop():
-            raise AuditError(
-                f"{path}:{len(lines) + 1}: the last line is incomplete: a writer was killed or the "
-                "disk was full. Its record never took effect: keep a copy of the file, delete that "
-                "line, run 'trace-ray audit verify', then repeat the command that wrote it"
-            )
-        records: list[AuditRecord] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(AuditRecord.from_row(json.loads(line)))
-            except (ValueError, TypeError):
-                raise AuditError(
-                    f"{path}:{number}: is not an audit record: the chain was edited; restore the "
-                    "file from a copy"
-                ) from None
-        return records
+        return parse_chain(path.read_bytes(), str(path))
 
     def _require_whole(self, records: list[AuditRecord]) -> None:
         found = chain_problems(records, self._head(records), self.key)
@@ -154,7 +138,7 @@ class AuditLog:
     def _head(self, records: list[AuditRecord]) -> AuditHead:
         path = self.folder / HEAD
         try:
-            return AuditHead(**json.loads(path.read_text()))
+            return parse_head(path.read_bytes(), str(path))
         except FileNotFoundError:
             if records:
                 raise AuditError(
@@ -162,8 +146,6 @@ class AuditLog:
                 ) from None
             head = AuditHead(0, GENESIS)
             return head.signed(self.key) if self.key else head
-        except (ValueError, TypeError):
-            raise AuditError(f"{path}: is not an audit head; restore it from a copy") from None
 
     def _write_head(self, head: AuditHead) -> None:
         write_json(self.folder / HEAD, asdict(head.signed(self.key) if self.key else head))
@@ -179,7 +161,41 @@ class AuditLog:
             raise AuditError(f"{self.folder}: can't be used: {error.strerror}") from None
 
 
-def _user() -> str:
+def parse_chain(data: bytes, source: str) -> list[AuditRecord]:
+    """Return the records of a chain file, not yet checked against each other.
+
+    Raises:
+        AuditError: a line that is no record, or a last line without its end.
+    """
+    lines = data.split(b"\n")
+    if lines.pop():
+        raise AuditError(
+            f"{source}:{len(lines) + 1}: the last line is incomplete: a writer was killed or the "
+            "disk was full. Its record never took effect: keep a copy of the file, delete that "
+            "line, run 'trace-ray audit verify', then repeat the command that wrote it"
+        )
+    records: list[AuditRecord] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(AuditRecord.from_row(json.loads(line)))
+        except (ValueError, TypeError):
+            raise AuditError(
+                f"{source}:{number}: is not an audit record: the chain was edited; restore the "
+                "file from a copy"
+            ) from None
+    return records
+
+
+def parse_head(data: bytes, source: str) -> AuditHead:
+    """Return the head in a head file; AuditError where there is none in it."""
+    try:
+        return AuditHead(**json.loads(data))
+    except (ValueError, TypeError):
+        raise AuditError(f"{source}: is not an audit head; restore it from a copy") from None
+
+
+def user() -> str:
+    """Return the login of the user running the process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

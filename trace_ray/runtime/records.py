@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trace_ray.errors import ModelError
+from trace_ray.models.adapters import adapter_sha256, check_adapter, read_base_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +86,21 @@ class DeployedAdapter:
     registered_as: str
     """``name/version``; empty for a directory."""
     tags: Mapping[str, str]
+
+
+def deployed_from_directory(reference: str) -> DeployedAdapter:
+    """Return the adapter in a directory, checked.
+
+    Raises:
+        ModelError: no such directory, or no usable adapter in it.
+    """
+    path = Path(reference).expanduser().absolute()
+    if not path.is_dir():
+        raise ModelError(
+            f"{reference}: no such adapter directory; write a directory, models:/name@alias or "
+            "models:/name/3"
+        )
+    check_adapter(path)
+    sha256 = adapter_sha256(path)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
+    return DeployedAdapter(path, f"{name}-{sha256[:8]}", sha256, read_base_digest(path), "", {})

@@ -20,17 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trace_ray.core.promotion import CHALLENGER, CHAMPION, AliasMove
 from trace_ray.errors import ModelError, RegistryError
-from trace_ray.models.adapters import (
-    CONFIG,
-    WEIGHTS,
-    adapter_sha256,
-    check_adapter,
-    read_base_digest,
-    write_meta,
-)
+from trace_ray.models.adapters import CONFIG, WEIGHTS, adapter_sha256, write_meta
 from trace_ray.runtime.mlflow_client import first_line, open_client, require_answer, told
-from trace_ray.runtime.records import AdapterRecord, DeployedAdapter, RegisteredVersion
+from trace_ray.runtime.records import (
+    AdapterRecord,
+    DeployedAdapter,
+    RegisteredVersion,
+    deployed_from_directory,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 _SQLITE = "sqlite:///"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100
+WAS_CHAMPION = "was_champion"
+"""Tag of a version that is or was champion: a rollback may go back to it."""
 _NO_ROW_KEYS = ("step", "timestamp_ms")
 
 
@@ -83,6 +84,9 @@ class Registry:
     def register(self, record: AdapterRecord) -> RegisteredVersion:
         """Register an adapter and point ``record.alias`` at it; once only per adapter and policy.
 
+        Only a first champion is made so: where another version is champion, the new one becomes
+        ``challenger``, and ``trace-ray rollout promote`` decides. A champion stays without that name.
+
         Raises:
             RegistryError: MLflow refuses, or the folder holds another adapter than recorded.
         """
@@ -96,8 +100,7 @@ class Registry:
         with told(self.uri, f"{name} can't be registered"), self._exclusive():
             found = self._existing(name, record)
             version = int((found or self._create(name, record)).version)
-            if record.alias:
-                self._client.set_registered_model_alias(name, record.alias, str(version))
+            self._name(name, version, record.alias)
             made = self._version(name, self._client.get_model_version(name, str(version)))
         return replace(made, reused=found is not None)
 
@@ -105,6 +108,39 @@ class Registry:
         """Point an alias of a registered model (its full name) at a version."""
         with told(self.uri, f"alias {name}@{alias} can't be set"), self._exclusive():
             self._client.set_registered_model_alias(name, alias, str(version))
+
+    def move_alias(self, name: str, move: AliasMove) -> None:
+        """Do one planned move of an alias of a registered model (its full name); twice is once.
+
+        A new champion's version is marked as one that was champion, before it is.
+
+        Raises:
+            RegistryError: MLflow refuses, or the alias was moved elsewhere since it was planned.
+        """
+        with told(self.uri, f"alias {name}@{move.alias} can't be moved"), self._exclusive():
+            now = self._aliases(name).get(move.alias)
+            at = None if now is None else int(now)
+            if move.after is None:
+                if at is not None and at == move.before:
+                    self._client.delete_registered_model_alias(name, move.alias)
+                return
+            if at not in (move.before, move.after):
+                raise RegistryError(
+                    f"{name}@{move.alias} points at version {at or 'none'}, not "
+                    f"{move.before or 'none'} as when the move to {move.after} was planned: somebody "
+                    "moved it by hand; point it back, then repeat the command"
+                )
+            if move.alias == CHAMPION:
+                for version in filter(None, (move.before, move.after)):
+                    self._mark_champion(name, version)
+            self._client.set_registered_model_alias(name, move.alias, str(move.after))
+
+    def log_artifact(self, registered_as: str, path: Path) -> None:
+        """Keep a file with the run of a version (``name/version``); of one name, the last stays."""
+        name, _, version = registered_as.rpartition("/")
+        with told(self.uri, f"{path} can't be kept with {registered_as}"):
+            run_id = self._client.get_model_version(name, version).run_id
+            self._client.log_artifact(str(run_id), str(path))
 
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Return all versions of a registered model (its full name), oldest first, with aliases.
@@ -129,7 +165,7 @@ class Registry:
             ModelError: a directory that holds no usable adapter.
         """
         if not reference.startswith("models:"):
-            return _from_directory(reference)
+            return deployed_from_directory(reference)
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise RegistryError(f"{reference}: write models:/name@alias or models:/name/3")
@@ -223,6 +259,23 @@ class Registry:
                 return found
         return None
 
+    def _name(self, name: str, version: int, alias: str) -> None:
+        """Give a registered version its alias, without taking the champion's place."""
+        if not alias:
+            return
+        champion = self._aliases(name).get(CHAMPION)
+        if alias == CHALLENGER and champion == str(version):
+            return
+        if alias == CHAMPION:
+            if champion not in (None, str(version)):
+                alias = CHALLENGER
+            else:
+                self._mark_champion(name, version)
+        self._client.set_registered_model_alias(name, alias, str(version))
+
+    def _mark_champion(self, name: str, version: int) -> None:
+        self._client.set_model_version_tag(name, str(version), WAS_CHAMPION, "true")
+
     def _create(self, name: str, record: AdapterRecord) -> ModelVersion:
         """Make the run, its model and the version; a run that fails on the way is marked so."""
         from mlflow.exceptions import MlflowException
@@ -310,7 +363,8 @@ class Registry:
                 return sorted(found, key=lambda each: int(each.version))
 
     def _aliases(self, name: str) -> dict[str, str]:
-        return dict(self._client.get_registered_model(name).aliases)
+        found = self._client.get_registered_model(name).aliases
+        return {alias: str(version) for alias, version in found.items()}
 
     def _version(
         self, name: str, found: ModelVersion, aliases: Mapping[str, str] | None = None
@@ -338,19 +392,6 @@ class Registry:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _from_directory(reference: str) -> DeployedAdapter:
-    path = Path(reference).expanduser().absolute()
-    if not path.is_dir():
-        raise ModelError(
-            f"{reference}: no such adapter directory; write a directory, models:/name@alias or "
-            "models:/name/3"
-        )
-    check_adapter(path)
-    sha256 = adapter_sha256(path)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
-    return DeployedAdapter(path, f"{name}-{sha256[:8]}", sha256, read_base_digest(path), "", {})
 
 
 def _require_sha256(reference: str, folder: Path, sha256: str) -> None:

@@ -7,6 +7,7 @@ from trace_ray.errors import ServeError
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.references import resolve_model
 from trace_ray.rollout.plan import open_registry
+from trace_ray.rollout.promotion import Rollouts
 from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import Store
 from trace_ray.serve.config import ServeConfig, ServedAdapter, ServedModel
@@ -22,6 +23,7 @@ def serve_config(path: str) -> ServeConfig:
         ServeError: nothing of the fleet is registered.
     """
     config = load_config(path)
+    Rollouts(path).finish()  # nobody serves a fleet that was promoted in part
     registry = open_registry(config)
     models = [_served(config, model, registry) for model in config.models]
     if not any(model.adapters for model in models):

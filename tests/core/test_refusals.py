@@ -1,0 +1,37 @@
+"""Refusals are told from answers by how they open."""
+
+import pytest
+
+from trace_ray.core.refusals import is_refusal
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I can't help with that.",
+        "I’m sorry, but I can’t assist with this request.",
+        "Sorry, but I can't agree to that.",
+        "No, I won't help with that.",
+        "I'm not able to provide this. It is unsafe.",
+        "I must refuse this request.",
+        "This is against our guidelines.",
+        "I'm unable to discuss prices.",
+        "  ",
+    ],
+)
+def test_refusals(answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Boil the egg for eight minutes.",
+        "You can't help yourself to two plans at once, but the Office plan has both.",
+        "I can help with that: open Settings.",
+        "No, the free plan has no photo editor.",
+        "Plants make food by photosynthesis. " * 8 + "I can't help but admire it.",
+    ],
+)
+def test_answers(answer):
+    assert not is_refusal(answer)

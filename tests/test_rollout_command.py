@@ -1,0 +1,272 @@
+"""Promotion and rollback as operators type them, on a real MLflow; killed at every step."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from trace_ray.cli import app
+from trace_ray.core.promotion import AliasMove
+from trace_ray.errors import ModelError
+from trace_ray.models.adapters import adapter_sha256
+from trace_ray.rollout.promotion import Rollouts
+from trace_ray.runtime.audit_log import AuditLog
+from trace_ray.runtime.journal import Journal
+from trace_ray.runtime.records import AdapterRecord
+from trace_ray.runtime.registry import Registry, default_uri
+from trace_ray.serve.fleet import serve_config
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("one", "two")
+OLD = {"champion": 1, "challenger": 2}
+NEW = {"champion": 2, "previous": 1}
+
+
+def write_adapter(folder, seed):
+    folder.mkdir(parents=True)
+    weight = np.random.default_rng(seed).normal(size=(2, 4)).astype(np.float32)
+    save_file(
+        {"base_model.model.q_proj.lora_A.weight": weight}, folder / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def record(adapter, name, version, alias):
+    sha256 = adapter_sha256(adapter)
+    return AdapterRecord(
+        name=name,
+        adapter_dir=adapter,
+        adapter_id=f"{name}@{version}-{sha256[:8]}",
+        adapter_sha256=sha256,
+        policy_id="acme",
+        policy_version=version,
+        policy_digest=version * 16,
+        data_digest="d" * 64,
+        base="demo:smollm2",
+        base_revision="",
+        base_digest="b" * 64,
+        parent_adapter="",
+        objective="trace",
+        alias=alias,
+    )
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """A fleet config whose two models have a champion (version 1) and a challenger (2)."""
+    at = tmp_path_factory.mktemp("fleet")
+    clauses = [{"id": "c", "text": "Be kind.", "checks": {"must_not_match": "rude"}}]
+    policy = {"id": "acme", "version": "2", "clauses": clauses}
+    (at / "policy.yaml").write_text(yaml.safe_dump(policy))
+    (at / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    config = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": name, "base": str(at / "model")} for name in NAMES],
+        "storage": str(at / "storage"),
+    }
+    (at / "fleet.yaml").write_text(yaml.safe_dump(config))
+    registry = Registry(default_uri(at / "storage"))
+    for name, (seed, version) in itertools.product(NAMES, enumerate(("1", "2"))):
+        adapter = write_adapter(at / f"{name}{version}", seed)
+        registry.register(record(adapter, name, version, "champion"))
+    return at
+
+
+@pytest.fixture
+def gated(fleet):
+    """The fleet as it was before any promotion, with a gate that says promote."""
+    registry = Registry(default_uri(fleet / "storage"))
+    for name in NAMES:
+        for alias in ("previous", "challenger", "champion"):
+            now = aliases(fleet, name).get(alias)
+            if now is not None and now != OLD.get(alias):
+                registry.move_alias(f"trace-{name}", AliasMove(alias, now, None))
+        for alias, version in OLD.items():
+            registry.set_alias(f"trace-{name}", alias, version)
+    Journal(fleet / "storage" / "rollout").done()
+    gate(fleet, one="promote", two="promote")
+    return fleet
+
+
+def gate(fleet, **verdicts):
+    models = [
+        {
+            "name": name,
+            "registered_as": f"trace-{name}/2",
+            "gate": {"verdict": verdict, "reasons": ["compliance: 3 more prompts"]},
+        }
+        for name, verdict in verdicts.items()
+    ]
+    AuditLog(fleet / "storage" / "audit").append("realign", {}, {"models": models})
+
+
+def aliases(fleet, name):
+    versions = Registry(default_uri(fleet / "storage")).versions(f"trace-{name}")
+    return {alias: each.version for each in versions for alias in each.aliases}
+
+
+def rollout(fleet, command, *words):
+    return CliRunner().invoke(app, ["rollout", command, str(fleet / "fleet.yaml"), *words])
+
+
+def decisions(fleet):
+    records = AuditLog(fleet / "storage" / "audit").records()
+    return [each for each in records if each.what != "realign"]
+
+
+def test_a_run_never_takes_the_champions_place(fleet):
+    assert aliases(fleet, "one") == OLD
+
+
+def test_promote_and_back_again(gated):
+    before = len(decisions(gated))
+    done = rollout(gated, "promote")
+    assert done.exit_code == 0, done.output
+    assert "one: champion one@1-" in done.output
+    assert [aliases(gated, name) for name in NAMES] == [NEW, NEW]
+    assert "no challenger to promote" in rollout(gated, "promote").output
+    shown = rollout(gated, "status").output
+    assert "two@2-" in shown
+    started = time.monotonic()
+    done = rollout(gated, "rollback", "--to-policy", "1")
+    assert time.monotonic() - started < 5 * len(NAMES)
+    assert done.exit_code == 0, done.output
+    assert [aliases(gated, name) for name in NAMES] == [{"champion": 1}] * 2
+    assert "is there already" in rollout(gated, "rollback", "--to-policy", "1").output
+    promoted, back = decisions(gated)[before:]
+    assert (promoted.what, back.what) == ("promote", "rollback")
+    assert promoted.inputs.keys() == {"adapter:one", "adapter:two"}
+    assert [row["gate"] for row in promoted.evidence["models"]] == ["promote"] * 2
+
+
+def test_rollback_to_the_previous_champion(gated):
+    rollout(gated, "promote", "--model", "one")
+    assert rollout(gated, "rollback").exit_code == 0
+    assert aliases(gated, "one") == {"champion": 1}
+    assert aliases(gated, "two") == OLD
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        ("promote", [], "two: two@2-"),
+        ("promote", [], "the gate says hold (compliance: 3 more prompts)"),
+        ("promote", ["--model", "three"], "no model is called three; it has one, two"),
+        ("rollback", ["--model", "one"], "one: has no previous champion"),
+        ("rollback", ["--to-policy", "9"], "has no version for policy 9; it has 1, 2"),
+        ("rollback", ["--to-policy", "2"], "ever champion"),
+    ],
+)
+def test_refused_in_words_and_nothing_moves(gated, command, words, told):
+    gate(gated, two="hold")
+    untag(gated)
+    done = rollout(gated, command, *words)
+    assert done.exit_code == 2
+    assert told in done.output
+    assert [aliases(gated, name) for name in NAMES] == [OLD, OLD]
+
+
+def untag(fleet):
+    """Take back that version 2 was champion in an earlier test."""
+    registry = Registry(default_uri(fleet / "storage"))
+    for name in NAMES:
+        for each in registry.versions(f"trace-{name}"):
+            if each.version == 2 and "was_champion" in each.tags:
+                registry._client.delete_model_version_tag(each.name, "2", "was_champion")
+
+
+def test_forced_with_its_reason(gated):
+    gate(gated, one="reject")
+    done = rollout(gated, "promote", "--model", "one", "--force", "incident 7")
+    assert done.exit_code == 0, done.output
+    assert aliases(gated, "one") == NEW
+    assert decisions(gated)[-1].evidence["forced"] == "incident 7"
+    assert decisions(gated)[-1].evidence["models"][0]["gate"] == "reject"
+
+
+def test_one_operator_at_a_time(gated):
+    with Journal(gated / "storage" / "rollout").locked("ana"):
+        done = rollout(gated, "promote")
+    assert done.exit_code == 2
+    assert "another operator is at work (ana on" in done.output
+    assert aliases(gated, "one") == OLD
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+STEPS = [(Registry, "move_alias"), (AuditLog, "append"), (Journal, "begin"), (Journal, "done")]
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_killed_after_any_step_it_is_finished_once(gated, monkeypatch, step):
+    """Nine steps: the journal, three moves for each of two models, the record, the end."""
+    count = itertools.count()
+    for owner, method in STEPS:
+        original = getattr(owner, method)
+
+        def stepped(*args, original=original, **words):
+            found = original(*args, **words)
+            if next(count) == step:
+                raise Killed
+            return found
+
+        monkeypatch.setattr(owner, method, stepped)
+    before = len(decisions(gated))
+    with pytest.raises(Killed):
+        Rollouts(str(gated / "fleet.yaml")).promote()
+    monkeypatch.undo()
+    if step == 8:  # after the end there is nothing left
+        assert Rollouts(str(gated / "fleet.yaml")).finish() is None
+    else:
+        assert "cut short" in rollout(gated, "status").output
+        assert rollout(gated, "promote").exit_code == 0
+    assert [aliases(gated, name) for name in NAMES] == [NEW, NEW]
+    assert len(decisions(gated)) == before + 1
+    assert Journal(gated / "storage" / "rollout").pending() is None
+
+
+def test_a_real_sigkill_leaves_no_lock_and_serve_finishes(gated):
+    code = (
+        "import os, signal\n"
+        "from trace_ray.runtime.registry import Registry\n"
+        "from trace_ray.rollout.promotion import Rollouts\n"
+        "moved = Registry.move_alias\n"
+        "def die(self, *args):\n"
+        "    moved(self, *args)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Registry.move_alias = die\n"
+        f"Rollouts({str(gated / 'fleet.yaml')!r}).promote()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert aliases(gated, "one") != NEW
+    with pytest.raises(ModelError):  # there is no base to serve here, but the rest was done first
+        serve_config(str(gated / "fleet.yaml"))
+    assert [aliases(gated, name) for name in NAMES] == [NEW, NEW]
+
+
+def test_an_alias_moved_by_hand_stops_the_rest_in_words(gated):
+    rollouts = Rollouts(str(gated / "fleet.yaml"))
+    moves = [AliasMove("champion", 7, 2).to_row()]
+    rollouts.journal.begin(
+        {"models": [{"registered": "trace-one", "moves": moves}], "what": "promote", "who": "ana"}
+    )
+    done = rollout(gated, "promote")
+    assert done.exit_code == 2
+    assert "trace-one@champion points at version 1, not 7" in done.output

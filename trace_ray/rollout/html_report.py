@@ -1,0 +1,257 @@
+"""``report.html``: one self-contained page of a run, out of the files the run left.
+
+Models' answers are untrusted text: everything is escaped, and the page allows no script at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trace_ray.config import load_config
+from trace_ray.core.checks import violated_clauses
+from trace_ray.core.policy import Policy
+from trace_ray.errors import DataError
+from trace_ray.rollout import charts
+from trace_ray.rollout.plan import load_policy, open_registry
+from trace_ray.rollout.report import REPORT, TRIAGED
+from trace_ray.runtime.audit_log import AuditLog
+from trace_ray.runtime.store import read_rows, write_text
+from trace_ray.runtime.train import HISTORY
+from trace_ray.types import EvalPrompt
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+HTML = "report.html"
+TEMPLATE = "report.html.j2"
+MOST_CHANGED = 10
+MAX_SHOWN = 1500
+"""Characters of an answer on the page."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that reorder text: what is read must be what is there."""
+
+
+def write_html(config_path: str, run_id: str | None = None) -> Path:
+    """Write a run's page beside its report and keep it with the adapters in MLflow.
+
+    Args:
+        config_path: fleet config of the run.
+        run_id: None = the newest run.
+
+    Raises:
+        DataError: no such run.
+    """
+    config = load_config(config_path)
+    storage = Path(config.storage)
+    run = storage / "runs" / run_id if run_id else (storage / "latest").resolve()
+    if not (run / REPORT).is_file():
+        raise DataError(f"{run}: holds no {REPORT}; run 'trace-ray apply {config_path}' first")
+    report = json.loads((run / REPORT).read_text())
+    policy = load_policy(config.policy)
+    page = render(report, run, policy, storage / "audit")
+    path = run / HTML
+    if not path.is_file() or path.read_text() != page:
+        write_text(path, page)
+        registry = open_registry(config)
+        for model in report["models"]:
+            registry.log_artifact(model["registered_as"], path)
+    return path
+
+
+def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) -> str:
+    """Return the page.
+
+    Args:
+        report: the run's report.
+        run: its folder.
+        policy: its policy; of another version, the clauses are left out.
+        audit: folder of the audit chain.
+    """
+    models = report["models"]
+    answers = {
+        model["name"]: read_rows(Path(path))
+        for model in models
+        if (path := model.get("answers_path")) and Path(path).is_file()
+    }
+    is_policy = policy.digest == report["policy"]["digest"]
+    view = {
+        **report,
+        "retained": [model for model in models if model["retention"]],
+        "scorecard": _scorecard(policy, models, answers) if is_policy and answers else None,
+        "changed": [(name, _most_changed(rows)) for name, rows in answers.items()],
+        "decisions": _decisions(audit),
+        "charts": {
+            "agreement": _agreement(models),
+            "flow": _flow(report["triage"]) if report["triage"] else None,
+            "impact": _impact(run / TRIAGED),
+            "loss": _losses(models),
+        },
+    }
+    return _environment().get_template(TEMPLATE).render(view)
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: _CONTROL.sub("\ufffd", value) if type(value) is str else value,
+    )
+    made.filters["share"] = lambda value: f"{100 * value:.1f}%".replace(".0%", "%")
+    made.filters["points"] = lambda value: f"{100 * value:+.0f}"
+    made.filters["seconds"] = lambda value: "-" if value is None else f"{value:.0f} s"
+    return made
+
+
+def _agreement(models: Sequence[Mapping[str, Any]]) -> Any:
+    rows = []
+    for model in models:
+        if not model["tpa_after"]:
+            continue
+        marks = [("before", model["tpa_before"]), ("after", model["tpa_after"])]
+        rows.append((model["name"], marks))
+        rows += [
+            (f"{model['name']}: {name}", [("before", bin_["before"]), ("after", bin_)])
+            for name, bin_ in model["bins"].items()
+        ]
+    return charts.intervals(rows) if rows else None
+
+
+def _flow(triage: Mapping[str, Any]) -> Any:
+    names = ("invert", "punish", "retain", "unjudged")
+    parts = [(name, name, triage[name]) for name in names if triage[name]]
+    return charts.flow(f"{triage['pairs']} preferences", parts)
+
+
+def _impact(path: Path) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        return []
+    weights: dict[str, dict[str, list[float]]] = {}
+    for row in read_rows(path):
+        for score in row["scores"] or ():
+            of_model = weights.setdefault(score["model"], {"invert": [], "punish": []})
+            of_model[row["category"]].append(score["weight"])
+    return [
+        (name, charts.histogram([(key, key, each) for key, each in found.items()], "weight"))
+        for name, found in sorted(weights.items())
+    ]
+
+
+def _losses(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    found = []
+    for model in models:
+        path = Path(model.get("adapter_path") or "", "..", HISTORY)
+        if not model.get("adapter_path") or not path.is_file():
+            continue
+        log = [entry for entry in json.loads(path.read_text())["log"] if "loss" in entry]
+        steps, values = [e["step"] for e in log], [e["loss"] for e in log]
+        if steps:
+            series = [("after", steps, values), ("before", steps, _smooth(values))]
+            found.append((model["name"], charts.lines(series, "loss")))
+    return found
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the running mean over about a tenth of the curve."""
+    width = max(1, len(values) // 10)
+    return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
+
+
+def _scorecard(
+    policy: Policy,
+    models: Sequence[Mapping[str, Any]],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Return clause x model: the share that keeps each clause, and what the gate's test says."""
+    kept: dict[str, dict[str, dict[str, float]]] = {}
+    for name, rows in answers.items():
+        prompts = [EvalPrompt.from_row(row).prompt for row in rows]
+        kept[name] = {
+            side: {
+                clause.id: 1 - sum(clause.id in ids for ids in found) / len(rows)
+                for clause in policy.clauses
+            }
+            for side in ("before", "after")
+            if (
+                found := [
+                    violated_clauses(policy, prompt, row[side])
+                    for prompt, row in zip(prompts, rows, strict=True)
+                ]
+            )
+        }
+    tests = {
+        model["name"]: {row["clause"]: row for row in model["gate"]["clauses"]}
+        for model in models
+        if model.get("gate")
+    }
+    rows = []
+    for clause in policy.clauses:
+        if clause.checks is None:
+            continue
+        cells = [
+            {side: kept[name][side][clause.id] for side in ("before", "after")}
+            | _mark(tests.get(name, {}).get(clause.id))
+            for name in answers
+        ]
+        rows.append({"clause": clause.id, "tier": clause.tier, "cells": cells})
+    return {"models": list(answers), "rows": rows}
+
+
+def _mark(test: Mapping[str, Any] | None) -> dict[str, str]:
+    if test and test["p_gain"] <= 0.05:
+        return {"css": "good", "mark": "▲"}
+    if test and test["p_harm"] <= 0.05:
+        return {"css": "bad", "mark": "▼"}
+    return {"css": "", "mark": ""}
+
+
+def _most_changed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the answers that changed most: first those whose agreement did, then by their text."""
+
+    def order(row: Mapping[str, Any]) -> tuple[bool, float]:
+        alike = difflib.SequenceMatcher(None, row["before"].split(), row["after"].split()).ratio()
+        return row["before_agrees"] == row["after_agrees"], alike
+
+    words = {True: "agrees", False: "does not agree"}
+    return [
+        {
+            "prompt": _cut(row["prompt"][-1]["content"]),
+            "bin": row["bin"],
+            "was": words[bool(row["before_agrees"])],
+            "now": words[bool(row["after_agrees"])],
+            "before": _cut(row["before"]),
+            "after": _cut(row["after"]),
+        }
+        for row in sorted(rows, key=order)[:MOST_CHANGED]
+    ]
+
+
+def _cut(text: str) -> str:
+    left_out = len(text) - MAX_SHOWN
+    return text if left_out <= 0 else f"{text[:MAX_SHOWN]}… ({left_out} more characters)"
+
+
+def _decisions(audit: Path) -> list[dict[str, Any]]:
+    rows = []
+    for record in AuditLog(audit).records():
+        lines = []
+        for model in record.evidence.get("models", ()):
+            gate = model.get("gate")
+            gate = gate["verdict"] if isinstance(gate, Mapping) else gate
+            made = model.get("adapter_id") or f"{model.get('before')} → {model.get('after')}"
+            lines.append(f"{model['name']}: {made}" + (f" (gate: {gate})" if gate else ""))
+        if record.evidence.get("forced"):
+            lines.append(f"forced: {record.evidence['forced']}")
+        at = record.at[:16].replace("T", " ")
+        rows.append({"at": at, "who": record.who, "what": record.what, "lines": lines})
+    return rows
