@@ -6,6 +6,7 @@ and a run whose inputs have not changed does no work.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
