@@ -19,7 +19,8 @@ LAYERS = {
     "runtime": 3,
     "rollout": 4,
     "serve": 5,
-    "cli": 6,
+    "commands": 6,
+    "cli": 7,
     "__init__": -1,
 }
 HEAVY = {"ray", "vllm", "mlflow", "transformers", "peft", "trl"}

@@ -1,0 +1,1 @@
+"""The command groups of ``trace-ray``, a module each."""

@@ -1,0 +1,46 @@
+"""``trace-ray judge``: a judge measured, and one trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal
+
+app = typer.Typer(help="Work with judges.", no_args_is_help=True)
+
+
+@app.command("calibrate")
+def judge_calibrate(
+    config: ConfigPath,
+    labels: Annotated[Path, typer.Option(help="jsonl of {prompt, response, verdict[, clause]}.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Another fleet config: kappa between both judges.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the measures.")] = None,
+) -> None:
+    """Measure a judge on labels and pick its threshold."""
+    with exits_cleanly():
+        from trace_ray.data.sources import read_labels
+        from trace_ray.rollout import calibrating
+        from trace_ray.runtime.store import write_json
+
+        configs = [str(path) for path in (config, against) if path is not None]
+        rows = read_labels(labels)
+        with asking(*configs):
+            specs = [calibrating.judge_of(path) for path in configs]
+            found = calibrating.calibrate_judge(specs[0], rows)
+            measures = found.to_row()
+            if len(specs) == 2:
+                measures["kappa_between_judges"] = calibrating.judges_agree(
+                    specs[0], specs[1], rows
+                )
+        terminal().print(calibrating.calibration_table(specs[0].judge_id, found))
+        if len(specs) == 2:
+            kappa = measures["kappa_between_judges"]
+            shown = "undefined" if kappa is None else f"{kappa:.3f}"
+            typer.echo(f"kappa with {specs[1].judge_id}: {shown}")
+        if out is not None:
+            write_json(out, {"judge": specs[0].judge_id} | measures)

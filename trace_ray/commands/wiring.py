@@ -1,0 +1,54 @@
+"""What every command does: clean exits, a judge that can be asked, where output goes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trace_ray.errors import TraceRayError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config (YAML).")]
+
+
+@contextmanager
+def exits_cleanly() -> Iterator[None]:
+    """Turn our errors into one message on stderr and exit status 2."""
+    try:
+        yield
+    except TraceRayError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: run the same command again to go on where it stopped", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def asking(*configs: str) -> Iterator[None]:
+    """Within the block a judge can be asked: Ray is up where one of them needs an engine."""
+    from trace_ray.config import load_config
+    from trace_ray.rollout.judging import has_engine
+
+    judges = [load_config(config).judge for config in configs]
+    if not any(judge is not None and has_engine(judge) for judge in judges):
+        yield
+        return
+    from trace_ray.runtime.cluster import connected
+
+    with connected():
+        yield
+
+
+def terminal() -> Console:
+    """Return where tables go: as wide as the terminal, or 160 columns."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
