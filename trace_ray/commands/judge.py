@@ -44,3 +44,35 @@ def judge_calibrate(
             typer.echo(f"kappa with {specs[1].judge_id}: {shown}")
         if out is not None:
             write_json(out, {"judge": specs[0].judge_id} | measures)
+
+
+@app.command("distil")
+def judge_distil(
+    config: ConfigPath,
+    labels: Annotated[
+        Path | None, typer.Option(help="jsonl of {prompt, response, verdict[, group, clause]}.")
+    ] = None,
+    from_judge: Annotated[
+        str | None,
+        typer.Option(help="Teacher: 'rules', a fleet config, or a judge of stored verdicts."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Registered as PREFIX-NAME.")] = "judge",
+    alias: Annotated[str, typer.Option(help="Set on the registered version.")] = "champion",
+    limit: Annotated[int, typer.Option(min=1, help="Replies the teacher labels.")] = 2000,
+) -> None:
+    """Train a small judge on labels or on another judge's verdicts, measure and register it."""
+    with exits_cleanly():
+        from trace_ray.rollout.distil import distil
+        from trace_ray.runtime.cluster import connected
+
+        with connected():
+            found = distil(str(config), labels, from_judge, name=name, alias=alias, limit=limit)
+        card, made = found.card, found.registered
+        kappa = "-" if card.kappa is None else f"{card.kappa:.3f}"
+        typer.echo(
+            f"{made.registered_as}: {found.n_labels} labels ({found.n_left_out} replies left out), "
+            f"{card.n_test} of them held out: AUC {card.auc:.3f} "
+            f"[{card.auc_low:.3f}, {card.auc_high:.3f}], ECE {card.ece:.3f}, kappa {kappa}, "
+            f"threshold {card.threshold:.4g}"
+        )
+        typer.echo(f"next: judge.adapter: models:/{made.name}@{alias} in {config}")
