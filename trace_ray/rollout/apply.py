@@ -237,7 +237,7 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     }
 
     def work(out: Path) -> None:
-        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts)
+        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts, fleet)
         write_json(out / "made_by.json", inputs.run_id)
 
     stage = inputs.store.stage("triage", key, work)

@@ -106,6 +106,18 @@ class Registry:
         with told(self.uri, f"alias {name}@{alias} can't be set"), self._exclusive():
             self._client.set_registered_model_alias(name, alias, str(version))
 
+    def log_run(self, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Log a finished run that made no adapter, such as a triage.
+
+        Raises:
+            RegistryError: MLflow refuses.
+        """
+        with told(self.uri, f"metrics of {name} can't be logged"), self._exclusive():
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags))
+            for key, value in metrics.items():
+                self._client.log_metric(run.info.run_id, key, float(value))
+            self._client.set_terminated(run.info.run_id)
+
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Return all versions of a registered model (its full name), oldest first, with aliases.
 
