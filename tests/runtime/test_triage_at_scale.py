@@ -22,7 +22,13 @@ from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.judges import JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Board, Reporter
 from trace_ray.runtime.tally import shown
-from trace_ray.runtime.triage import JudgeCounts, TriageBatch, read_triaged, triage_pairs
+from trace_ray.runtime.triage import (
+    JudgeCounts,
+    TriageBatch,
+    _n_blocks,
+    read_triaged,
+    triage_pairs,
+)
 from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
 from trace_ray.types import Category, Label, Message, PreferencePair, Verdict, response_id
 
@@ -276,6 +282,21 @@ def is_ours(pid):
         except OSError:
             return False
     return False
+
+
+def test_every_actor_of_a_pool_gets_rows_of_a_small_file(ray_cluster, tmp_path):
+    source = write(tmp_path / "pairs.parquet", pairs(64))
+    config = {"actors": 2, "resources": {"num_cpus": 0.4}, "batch_size": 8, "delay_s": 0.05}
+    store = VerdictStore(str(tmp_path / "verdicts"))
+    triage_pairs(source, tmp_path / "out", scripted(policy_of(), **config), store)
+    rows, _ = read_triaged(tmp_path / "out")
+    assert len(rows) == 64
+    assert len(list((tmp_path / "out").glob("*.parquet"))) >= 4  # as many as actors could take
+
+
+def test_blocks():
+    assert [_n_blocks(*case) for case in ((0, 256, 1), (300, 256, 8), (10**4, 256, 2))] == [1, 2, 8]
+    assert _n_blocks(10**6, 4096, 2) == 16
 
 
 def test_a_pool_that_leaves_no_core_is_refused(ray_cluster, tmp_path):

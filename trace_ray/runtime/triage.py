@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ COUNTERS = ("judge_calls", "cache_hits", "input_tokens", "output_tokens", "engin
 SPEED = "_speed.json"
 """Beside the parquet files; readers of the folder pass over names with an underscore."""
 _RULE_BATCH = 4096
+_BLOCKS_PER_ACTOR = 4
+_MOST_ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +216,15 @@ def triage_pairs(
     total = ds.dataset(pairs, format="parquet").count_rows()
     actor: Any = ray.remote(num_cpus=0)(Tally)
     tally = actor.remote(total, reporter)
-    rows = ray.data.read_parquet(str(pairs))
+    batch_size = _RULE_BATCH if spec.kind == "rules" else spec.config.batch_size
+    n_blocks = _n_blocks(total, batch_size, _actor_range(spec)[1])
+    rows = ray.data.read_parquet(str(pairs), override_num_blocks=n_blocks)
     if spec.kind != "rules":
         rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
     triaged = rows.map_batches(
         TriageBatch,
         fn_constructor_args=(spec, store, Counting(tally)),
-        batch_size=_RULE_BATCH if spec.kind == "rules" else spec.config.batch_size,
+        batch_size=batch_size,
         batch_format="pyarrow",
         **_actors(spec),
     )
@@ -230,16 +235,10 @@ def triage_pairs(
 
 def _actors(spec: JudgeSpec) -> dict[str, Any]:
     """Return the settings of the judge's actor pool, as ``map_batches`` takes them."""
-    import ray
     import ray.data
 
-    config = spec.config
-    resources = config.actor_resources
-    fewest, most = config.actor_range
-    if spec.kind == "rules" and "actors" not in config.model_fields_set:
-        # All cores but one: reading and writing leave time on that one, so two actors share a core.
-        resources = Resources(num_cpus=0.5)
-        fewest = most = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) - 1))
+    fewest, most = _actor_range(spec)
+    resources = Resources(num_cpus=0.5) if _is_spread(spec) else spec.config.actor_resources
     _check_room(resources.num_cpus * fewest)
     # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
     environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
@@ -251,6 +250,34 @@ def _actors(spec: JudgeSpec) -> dict[str, Any]:
     if resources.num_gpus:
         options["num_gpus"] = resources.num_gpus
     return options
+
+
+def _is_spread(spec: JudgeSpec) -> bool:
+    """True for rules left alone: they take all cores but one, and two actors share a core.
+
+    Reading and writing leave time on that one core.
+    """
+    return spec.kind == "rules" and "actors" not in spec.config.model_fields_set
+
+
+def _actor_range(spec: JudgeSpec) -> tuple[int, int]:
+    """Return the fewest and the most actors."""
+    import ray
+
+    if not _is_spread(spec):
+        return spec.config.actor_range
+    n = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) - 1))
+    return n, n
+
+
+def _n_blocks(rows: int, batch_size: int, actors: int) -> int:
+    """Return how many blocks Ray Data cuts the rows into: an actor takes a block at a time.
+
+    Left to itself it cuts by bytes alone, and one actor of many would get all of a small file. A
+    block holds at least a batch, and at most what one output file should hold.
+    """
+    wanted = max(_BLOCKS_PER_ACTOR * actors, math.ceil(rows / _MOST_ROWS))
+    return max(1, min(wanted, math.ceil(rows / batch_size)))
 
 
 def _check_room(judge_cpus: float) -> None:
