@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from trace_ray.commands import audit, fleet, lineage, rollout
-from trace_ray.errors import ConfigError, StoppedError, TraceRayError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from trace_ray.commands import audit, fleet, judge, lineage, review, rollout, verdicts
+from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal
+from trace_ray.errors import ConfigError, StoppedError
 
 app = typer.Typer(
     help="Terraform for alignment: carry a policy change through a fleet of language models.",
@@ -26,45 +23,11 @@ app.add_typer(fleet.app)
 app.add_typer(lineage.app)
 policy_app = typer.Typer(help="Work with policy files.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
-judge_app = typer.Typer(help="Work with judges.", no_args_is_help=True)
-app.add_typer(judge_app, name="judge")
-verdicts_app = typer.Typer(help="Work with stored verdicts.", no_args_is_help=True)
-app.add_typer(verdicts_app, name="verdicts")
-review_app = typer.Typer(help="Bring people's answers in.", no_args_is_help=True)
-app.add_typer(review_app, name="review")
+app.add_typer(judge.app, name="judge")
+app.add_typer(verdicts.app, name="verdicts")
+app.add_typer(review.app, name="review")
 app.add_typer(audit.app, name="audit")
 app.add_typer(rollout.app, name="rollout")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config (YAML).")]
-
-
-@contextmanager
-def exits_cleanly() -> Iterator[None]:
-    """Turn our errors into one message on stderr and exit status 2."""
-    try:
-        yield
-    except TraceRayError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to go on where it stopped", err=True)
-        sys.exit(130)
-
-
-@contextmanager
-def _asking(*configs: str) -> Iterator[None]:
-    """Within the block a judge can be asked: Ray is up where one of them needs an engine."""
-    from trace_ray.config import load_config
-    from trace_ray.rollout.judging import has_engine
-
-    judges = [load_config(config).judge for config in configs]
-    if not any(judge is not None and has_engine(judge) for judge in judges):
-        yield
-        return
-    from trace_ray.runtime.cluster import connected
-
-    with connected():
-        yield
 
 
 def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = False) -> int:
@@ -78,7 +41,7 @@ def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = Fal
     except StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         return 130
-    console = _console()
+    console = terminal()
     console.print(summary_table(report))
     if line := triage_line(report):
         console.print(line)
@@ -238,10 +201,10 @@ def policy_test(
 
         policy = load_policy(str(file))
         configs = [] if judge == "rules" else [judge]
-        with _asking(*configs):
+        with asking(*configs):
             spec = judge_of(judge, policy) if configs else rule_judge(policy)
             results = run_policy_tests(policy, spec)
-        _console().print(results_table(policy, spec, results))
+        terminal().print(results_table(policy, spec, results))
         outcomes = [result.outcome for result in results]
         parts = [f"{outcomes.count(each)} {each}" for each in ("pass", "fail", "skipped")]
         typer.echo(f"{file}: {len(results)} cases: {', '.join(parts)}")
@@ -269,143 +232,13 @@ def policy_diff_command(
             stale = "stale" if row.stale else "kept" if row.new_digest else "no longer asked"
             digests = [(digest or "-")[:8] for digest in (row.old_digest, row.new_digest)]
             table.add_row(row.clause, row.change, ", ".join(row.fields), stale, *digests)
-        _console().print(table)
+        terminal().print(table)
         whole = "stale" if diff.all_stale else "kept"
         stale = sum(row.stale for row in diff.clauses)
         typer.echo(
             f"judge.granularity policy: verdicts on whole replies are {whole}; clause: verdicts on "
             f"{stale} of {len(after.clauses)} clauses have to be made"
         )
-
-
-@judge_app.command("calibrate")
-def judge_calibrate(
-    config: ConfigPath,
-    labels: Annotated[Path, typer.Option(help="jsonl of {prompt, response, verdict[, clause]}.")],
-    against: Annotated[
-        Path | None, typer.Option(help="Another fleet config: kappa between both judges.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the measures.")] = None,
-) -> None:
-    """Measure a judge on labels and pick its threshold."""
-    with exits_cleanly():
-        from trace_ray.data.sources import read_labels
-        from trace_ray.rollout import calibrating
-        from trace_ray.runtime.store import write_json
-
-        configs = [str(path) for path in (config, against) if path is not None]
-        rows = read_labels(labels)
-        with _asking(*configs):
-            specs = [calibrating.judge_of(path) for path in configs]
-            found = calibrating.calibrate_judge(specs[0], rows)
-            measures = found.to_row()
-            if len(specs) == 2:
-                measures["kappa_between_judges"] = calibrating.judges_agree(
-                    specs[0], specs[1], rows
-                )
-        _console().print(calibrating.calibration_table(specs[0].judge_id, found))
-        if len(specs) == 2:
-            kappa = measures["kappa_between_judges"]
-            shown = "undefined" if kappa is None else f"{kappa:.3f}"
-            typer.echo(f"kappa with {specs[1].judge_id}: {shown}")
-        if out is not None:
-            write_json(out, {"judge": specs[0].judge_id} | measures)
-
-
-@review_app.command("import")
-def review_import(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="review.jsonl, filled in.")],
-    config: Annotated[Path, typer.Option(help="Fleet config of the run.")],
-    person: Annotated[str, typer.Option(help="Who answered; empty = your login.")] = "",
-) -> None:
-    """Bring reviewed verdicts back: they win over any judge in the next run."""
-    with exits_cleanly():
-        from trace_ray.rollout.judging import verdict_store
-        from trace_ray.rollout.plan import read_inputs
-        from trace_ray.rollout.review import import_review
-
-        inputs = read_inputs(str(config))
-        found = import_review(file, inputs.policy, verdict_store(inputs), person)
-        typer.echo(
-            f"{file}: {found.complies} comply, {found.violates} violate, {found.open} still open; "
-            f"next: trace-ray apply {config}"
-        )
-
-
-@verdicts_app.command("stats")
-def verdicts_stats(config: ConfigPath) -> None:
-    """Count the stored verdicts by judge and by what they are about."""
-    with exits_cleanly():
-        from rich.table import Table
-
-        from trace_ray.rollout.judging import verdict_store
-        from trace_ray.rollout.plan import read_inputs
-
-        table = Table()
-        for column in ("judge", "about", "verdicts", "violates", "files", "MB"):
-            table.add_column(column)
-        for row in verdict_store(read_inputs(str(config))).stats():
-            size = f"{row.n_bytes / 1e6:.1f}"
-            counts = map(str, (row.verdicts, row.violates, row.files))
-            table.add_row(row.judge_id, row.about, *counts, size)
-        _console().print(table)
-
-
-@verdicts_app.command("export")
-def verdicts_export(
-    config: ConfigPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="jsonl file to write.")],
-) -> None:
-    """Write every stored verdict as jsonl."""
-    with exits_cleanly():
-        import json
-
-        from trace_ray.rollout.judging import verdict_store
-        from trace_ray.rollout.plan import read_inputs
-
-        count = 0
-        draft = out.with_name(f".{out.name}.draft")
-        with draft.open("w", encoding="utf-8") as file:
-            for row in verdict_store(read_inputs(str(config))).rows():
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-                count += 1
-        draft.replace(out)
-        typer.echo(f"{out}: {count} verdicts")
-
-
-@verdicts_app.command("gc")
-def verdicts_gc(
-    configs: Annotated[
-        list[Path], typer.Argument(metavar="CONFIG...", help="Configs whose verdicts are kept.")
-    ],
-    days: Annotated[
-        float, typer.Option(min=0, help="Keep what was written to in so many days.")
-    ] = 30,
-) -> None:
-    """Remove verdicts that no given config asks for and nobody added to lately; merge small files."""
-    with exits_cleanly():
-        from trace_ray.rollout.judging import store_named_by, verdict_store
-        from trace_ray.rollout.plan import read_inputs
-
-        keep: dict[str, set[str]] = {}
-        stores = {}
-        with _asking(*map(str, configs)):
-            for config in configs:
-                inputs = read_inputs(str(config))
-                store = verdict_store(inputs)
-                stores[store.root] = store
-                for judge, about in store_named_by(inputs).items():
-                    keep.setdefault(judge, set()).update(about)
-        removed = [row for store in stores.values() for row in store.gc(keep, days * 86400)]
-        for row in removed:
-            typer.echo(f"removed {row.verdicts} verdicts of {row.judge_id} about {row.about}")
-        typer.echo(f"{len(removed)} folders removed; people's verdicts are never removed")
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.metrics import cohen_kappa_score
 
 from trace_ray.core.metrics import (
     accuracy,
     auc,
+    auc_interval,
     best_threshold,
     bootstrap_interval,
     cohen_kappa,
@@ -114,6 +116,21 @@ def test_paired_difference_interval() -> None:
     assert (same.ci_low, same.ci_high) == pytest.approx((-0.16113, 0.16113), abs=1e-4)
     with pytest.raises(DataError, match="2 before, 1 after"):
         paired_difference_interval([1, 0], [1])
+
+
+def test_auc_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 20)
+    hits = 0
+    for _ in range(300):
+        found = auc_interval(labels, rng.normal(labels * 1.5))
+        hits += found.ci_low <= norm.cdf(1.5 / np.sqrt(2)) <= found.ci_high
+        assert found.ci_low <= found.value <= found.ci_high
+    assert 0.92 <= hits / 300 <= 0.99
+    perfect = auc_interval([0] * 20 + [1] * 20, range(40))
+    assert (perfect.value, perfect.ci_high) == (1.0, 1.0)
+    assert 0.85 < perfect.ci_low < 0.97
+    assert auc_interval([0, 1], [1, 0]).ci_low == 0.0
 
 
 def test_distinct_n_by_hand() -> None:

@@ -30,7 +30,16 @@ CLAUSES = [
 LORA = {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
 REPORT_KEYS = {
     "policy": {"id", "version", "digest"},
-    "triage": {"pairs", "invert", "punish", "retain", "unjudged", "judge_calls", "judge"},
+    "triage": {
+        "pairs",
+        "invert",
+        "punish",
+        "retain",
+        "unjudged",
+        "judge_calls",
+        "rows_per_s",
+        "judge",
+    },
     "models": {
         "name",
         "family",

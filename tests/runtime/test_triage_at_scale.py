@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import parse_policy
@@ -19,7 +20,15 @@ from trace_ray.data.sources import pair_schema
 from trace_ray.errors import JudgeError
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.judges import JudgeSpec, rule_judge
-from trace_ray.runtime.triage import JudgeCounts, TriageBatch, read_triaged, triage_pairs
+from trace_ray.runtime.progress import Board, Reporter
+from trace_ray.runtime.tally import shown
+from trace_ray.runtime.triage import (
+    JudgeCounts,
+    TriageBatch,
+    _n_blocks,
+    read_triaged,
+    triage_pairs,
+)
 from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
 from trace_ray.types import Category, Label, Message, PreferencePair, Verdict, response_id
 
@@ -182,8 +191,16 @@ def test_triage_through_ray_with_rules_over_a_folder_of_shards(ray_cluster, tmp_
     for shard in range(3):
         write(tmp_path / "pairs" / f"{shard}.parquet", pairs(20, f" s{shard}"))
     store, spec = VerdictStore(str(tmp_path / "verdicts")), rule_judge(policy_of())
-    triage_pairs(tmp_path / "pairs", tmp_path / "one", spec, store)
+    board = ray.remote(num_cpus=0)(Board).remote()
+    reporter = Reporter(board, "fleet")
+    triage_pairs(tmp_path / "pairs", tmp_path / "one", spec, store, reporter)
+    line = on_board(board)
+    assert (line.stage, line.done, line.total) == ("triage", 60, 60)
+    assert "15 invert, 15 punish, 30 retain; " in line.note
+    assert "verdicts/s" in line.note
     rows, counts = read_triaged(tmp_path / "one")
+    assert counts.rows == 60
+    assert counts.speed["rows_per_s"] > 0
     expected = {"retain": 30, "invert": 15, "punish": 15}
     assert Counter(str(row.category) for row in rows) == expected
     assert (counts.judge_calls, counts.cache_hits) == (90, 0)
@@ -192,6 +209,27 @@ def test_triage_through_ray_with_rules_over_a_folder_of_shards(ray_cluster, tmp_
     assert (counts.judge_calls, counts.cache_hits) == (0, 90)
     assert again == rows
     assert counts.reused() == JudgeCounts(cache_hits=90)
+    assert counts.reused().speed == {"rows_per_s": None, "tokens_per_s": None}
+
+
+def on_board(board):
+    """The fleet's line, once the last batch has reported: actors tell of it without waiting."""
+    for _ in range(50):
+        lines = ray.get(board.get.remote())
+        lines = lines if isinstance(lines, dict) else lines[0]
+        if lines and lines["fleet"].done == lines["fleet"].total:
+            break
+        time.sleep(0.1)
+    return lines["fleet"]
+
+
+def test_what_the_view_says_of_a_triage():
+    counts = {"rows": 30, "invert": 2, "retain": 28, "judge_calls": 30, "cache_hits": 2}
+    note = shown(counts | {"engine_tokens": 40_000}, 100, 20)
+    assert note == (
+        "2 invert, 28 retain; 1.6 verdicts/s; 2.0k tokens/s; 2 from the store; 0:47 left"
+    )
+    assert shown({"rows": 100, "retain": 100}, 100, 1) == "100 retain; 0 verdicts/s"
 
 
 def test_a_judge_actor_that_is_killed_loses_no_row_and_doubles_none(ray_cluster, tmp_path):
@@ -244,6 +282,21 @@ def is_ours(pid):
         except OSError:
             return False
     return False
+
+
+def test_every_actor_of_a_pool_gets_rows_of_a_small_file(ray_cluster, tmp_path):
+    source = write(tmp_path / "pairs.parquet", pairs(64))
+    config = {"actors": 2, "resources": {"num_cpus": 0.4}, "batch_size": 8, "delay_s": 0.05}
+    store = VerdictStore(str(tmp_path / "verdicts"))
+    triage_pairs(source, tmp_path / "out", scripted(policy_of(), **config), store)
+    rows, _ = read_triaged(tmp_path / "out")
+    assert len(rows) == 64
+    assert len(list((tmp_path / "out").glob("*.parquet"))) >= 4  # as many as actors could take
+
+
+def test_blocks():
+    assert [_n_blocks(*case) for case in ((0, 256, 1), (300, 256, 8), (10**4, 256, 2))] == [1, 2, 8]
+    assert _n_blocks(10**6, 4096, 2) == 16
 
 
 def test_a_pool_that_leaves_no_core_is_refused(ray_cluster, tmp_path):

@@ -346,7 +346,7 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
         return value if value is None or "://" in value else os.path.abspath(folder / value)
 
     def with_paths(judge: JudgeConfig) -> JudgeConfig:
-        adapter = judge.adapter if judge.adapter in (None, "auto") else at(judge.adapter)
+        adapter = at(judge.adapter_folder) or judge.adapter
         members = [with_paths(member) for member in judge.judges]
         found = {"labels": at(judge.labels), "adapter": adapter, "judges": members}
         return judge.model_copy(update=found)
@@ -397,7 +397,7 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
 def _judge_files(judge: JudgeConfig, where: str) -> dict[str, str | None]:
     files = {
         f"{where}.labels": judge.labels,
-        f"{where}.adapter": judge.adapter if judge.adapter != "auto" else None,
+        f"{where}.adapter": judge.adapter_folder,
     }
     for number, member in enumerate(judge.judges):
         files |= _judge_files(member, f"{where}.judges.{number}")

@@ -99,7 +99,8 @@ class JudgeConfig(Section):
     revision: str | None = None
     """Revision of a Hugging Face judge model."""
     adapter: str | None = "auto"
-    """``auto`` fits a LoRA judge adapter on the labels; a directory uses that one; null is zero-shot."""
+    """``auto`` fits a LoRA judge adapter on the labels; a directory or ``models:/name@alias`` (as
+    ``trace-ray judge distil`` registers one) uses that one; null is zero-shot."""
     labels: str | None = None
     """jsonl of {prompt, response, verdict[, group]}, joined with the policy's own examples."""
     min_auc: float = Field(default=0.85, ge=0, le=1)
@@ -154,6 +155,12 @@ class JudgeConfig(Section):
         if self.agree is not None and self.agree > len(self.judges):
             raise ValueError(f"agree {self.agree} is more than the {len(self.judges)} judges")
         return self
+
+    @property
+    def adapter_folder(self) -> str | None:
+        """The directory that ``adapter`` names, if it names one."""
+        named = self.adapter is None or self.adapter == "auto" or ":/" in self.adapter
+        return None if named else self.adapter
 
     @property
     def n_agree(self) -> int:

@@ -309,9 +309,9 @@ def _find(pattern: str, text: str) -> re.Match[str] | None:
     return _compiled(pattern).search(text)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16_384)
 def _prompt_matches(pattern: str, prompt: str) -> bool:
-    """Several clauses ask the same of one prompt, as a condition and as an exception."""
+    """Several clauses ask the same of one prompt, and both replies of a batch of pairs do."""
     return _find(pattern, prompt) is not None
 
 

@@ -23,10 +23,10 @@ from trace_ray.models.chat import encode_prompt
 from trace_ray.models.collate import BucketSampler
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.packing import Trie, build_trie
-from trace_ray.types import LabelledResponse
+from trace_ray.types import LabelledResponse, Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 WORK = "work"  # the trainer's own folder, gone when the adapter is there
 
@@ -111,16 +111,32 @@ def fit_judge_adapter(
     Raises:
         ModelError: by clause, no label says which clause it is about.
     """
-    from transformers import Trainer
-
     from trace_ray.models.families import load_tokenizer
     from trace_ray.models.policy_model import load_policy_model, save_adapter
     from trace_ray.models.trainer import StepCallback
 
     tokenizer = load_tokenizer(base)
-    yes, no = verdict_token(tokenizer, YES), verdict_token(tokenizer, NO)
     lora = LoraConfig(r=config.r, alpha=2 * config.r, dropout=0.0, targets="all-linear")
     model = load_policy_model(base, None, lora, seed=config.seed)
+    asked = _questions(policy, labels, by_clause=by_clause)
+    trainer = _verdict_trainer(
+        tokenizer,
+        _sampler([request for request, *_ in asked], config),
+        model=model,
+        args=_arguments(config, out, use_cpu=use_cpu),
+        train_dataset=[(encode_prompt(tokenizer, question), said) for _, question, said in asked],
+        data_collator=_collate,
+        callbacks=[StepCallback(on_step)],
+    )
+    trainer.train()
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    save_adapter(model, out)
+
+
+def _questions(
+    policy: Policy, labels: Sequence[LabelledResponse], *, by_clause: bool
+) -> list[tuple[Prompt, Prompt, bool]]:
+    """Return (request, question about a reply to it, whether the answer is Yes)."""
     asked = [
         (row.prompt, question, violates)
         for row in labels
@@ -131,15 +147,24 @@ def fit_judge_adapter(
             "the judge's labels answer no questions of both kinds: by clause, labels of violations "
             "have to name their 'clause'"
         )
-    rows = [(encode_prompt(tokenizer, question), violates) for _, question, violates in asked]
+    return asked
 
-    # Replies to one request go into one batch: the trie then holds the request once.
-    requests = list(dict.fromkeys(request for request, *_ in asked))
-    random.Random(config.seed).shuffle(requests)
-    place = {prompt: number for number, prompt in enumerate(requests)}
-    sampler = BucketSampler(
-        [place[request] for request, *_ in asked], config.batch_size, config.seed, span=len(asked)
-    )
+
+def _sampler(requests: Sequence[Prompt], config: JudgeFitConfig) -> BucketSampler:
+    """Put replies to one request into one batch: the trie then holds the request once."""
+    distinct = list(dict.fromkeys(requests))
+    random.Random(config.seed).shuffle(distinct)
+    place = {prompt: number for number, prompt in enumerate(distinct)}
+    places = [place[request] for request in requests]
+    return BucketSampler(places, config.batch_size, config.seed, span=len(places))
+
+
+def _verdict_trainer(
+    tokenizer: PreTrainedTokenizerBase, sampler: BucketSampler, **settings: Any
+) -> Trainer:
+    from transformers import Trainer
+
+    yes, no = verdict_token(tokenizer, YES), verdict_token(tokenizer, NO)
 
     class VerdictTrainer(Trainer):
         """Binary cross-entropy on the verdict token's log-odds."""
@@ -152,16 +177,7 @@ def fit_judge_adapter(
             target = inputs["violates"].to(odds.device)
             return torch.nn.functional.binary_cross_entropy_with_logits(odds, target)
 
-    trainer = VerdictTrainer(
-        model=model,
-        args=_arguments(config, out, use_cpu=use_cpu),
-        train_dataset=rows,  # pyright: ignore[reportArgumentType]
-        data_collator=_collate,
-        callbacks=[StepCallback(on_step)],
-    )
-    trainer.train()
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    save_adapter(model, out)
+    return VerdictTrainer(**settings)
 
 
 def _arguments(config: JudgeFitConfig, out: Path, *, use_cpu: bool) -> TrainingArguments:

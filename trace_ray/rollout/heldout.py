@@ -41,7 +41,7 @@ def write_heldout(
     Raises:
         DataError: the source holds too few pairs.
     """
-    pairs = _distinct_pairs(source, schema)
+    pairs = distinct_pairs(source, schema)
     trained = PromptIndex([pair.prompt for pair in itertools.islice(pairs, skip)], near_duplicate)
     items: dict[str, EvalPrompt] = {}
     for pair in pairs:
@@ -60,7 +60,8 @@ def write_heldout(
     return dict(Counter(str(item.bin) for item in items.values()))
 
 
-def _distinct_pairs(source: str, schema: Schema) -> Iterator[PreferencePair]:
+def distinct_pairs(source: str, schema: Schema) -> Iterator[PreferencePair]:
+    """Yield the well-formed pairs of a source, each once, without a cluster."""
     seen: set[str] = set()
     for row in read_pairs(locate(source), schema):
         if isinstance(row, PreferencePair) and row.pair_id not in seen:

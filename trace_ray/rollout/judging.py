@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from trace_ray import __version__
 from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import Policy
-from trace_ray.errors import ConfigError, JudgeError
-from trace_ray.models.references import resolve_model
+from trace_ray.errors import ConfigError, JudgeError, ModelError
+from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.fit_judge import (
@@ -27,6 +28,7 @@ from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
 from trace_ray.types import LabelledResponse, Verdict, content_digest
 
+_REGISTERED = "models:/"
 _ASKS = ("engine", "fit", "openai", "script")
 """Settings of a judge that can change what it answers."""
 
@@ -109,13 +111,18 @@ def _prepared_vllm(
         raise JudgeError(
             "judge.adapter: 'auto' fits the judge on labelled responses: name a file in judge.labels"
         )
-    if not labels:
-        raise JudgeError("judge.labels: a vllm judge is measured on labels before it may triage")
     source = resolve_model(str(config.model), config.revision, inputs.store.models)
+    given, known = config.adapter_folder, None
+    if config.adapter and config.adapter.startswith(_REGISTERED):
+        given, known = _registered(inputs, config, source)
+    if not labels and known is None:
+        raise JudgeError(
+            "judge.labels: a vllm judge is measured on labels before it may triage (one that was "
+            "distilled for this very policy brings its measures along)"
+        )
     key = _stage_key(inputs, config, labels) | {"model": source.digest}
-    given = config.adapter if config.adapter not in (None, "auto") else None
     if config.adapter != "auto":
-        key["judge"] = _fixed(config, source.digest)
+        key["judge"] = _fixed(given, config, source.digest)
     digest = key["judge"] if "judge" in key else content_digest(key)
     spec = JudgeSpec(
         config=config,
@@ -126,6 +133,12 @@ def _prepared_vllm(
         adapter_dir=given,
     )
 
+    if not labels and known is not None:
+        card = dataclasses.replace(known, name=spec.judge_id)
+        if config.threshold != "calibrated":
+            card = dataclasses.replace(card, threshold=config.threshold)
+        return dataclasses.replace(spec, threshold=card.threshold), card
+
     def work(out: Path) -> None:
         run_alone(config.resources, fit_judge, spec, config, labels, out, fleet)
 
@@ -135,11 +148,34 @@ def _prepared_vllm(
     return dataclasses.replace(spec, threshold=card.threshold, adapter_dir=adapter), card
 
 
-def _fixed(config: JudgeConfig, model_digest: str) -> str:
+def distilled_as(config: JudgeConfig) -> str:
+    """Return the ``objective`` that a judge adapter is registered under."""
+    return f"judge by {config.granularity}"
+
+
+def _registered(
+    inputs: Inputs, config: JudgeConfig, source: ModelSource
+) -> tuple[str, JudgeCard | None]:
+    """Return a registered judge adapter's folder, and its card where it was made for this policy."""
+    reference = str(config.adapter)
+    found = inputs.registry().resolve(reference, inputs.store.adapters)
+    if found.base_digest and found.base_digest != source.digest:
+        raise ModelError(
+            f"judge.adapter: {reference} was trained on another base than judge.model (digest "
+            f"{found.base_digest[:8]}, not {source.digest[:8]})"
+        )
+    tags, wanted = found.tags, (inputs.policy.digest, distilled_as(config))
+    card = tags.get("card")
+    if not card or (tags.get("policy_digest"), tags.get("objective")) != wanted:
+        return str(found.path), None
+    return str(found.path), JudgeCard(**json.loads(card))
+
+
+def _fixed(adapter_dir: str | None, config: JudgeConfig, model_digest: str) -> str:
     """Identity of a judge that isn't fitted: it stays the same when policy and labels change."""
     from trace_ray.models.adapters import adapter_sha256
 
-    adapter = adapter_sha256(Path(config.adapter)) if config.adapter else ""
+    adapter = adapter_sha256(Path(adapter_dir)) if adapter_dir else ""
     return content_digest([model_digest, adapter, config.engine.dtype])
 
 
@@ -156,12 +192,15 @@ def _stage_key(
     }
 
 
-def ask(spec: JudgeSpec, exchanges: Sequence[Exchange]) -> list[Verdict]:
+def ask(
+    spec: JudgeSpec, exchanges: Sequence[Exchange], store: VerdictStore | None = None
+) -> list[Verdict]:
     """Return a judge's verdicts on whole replies (or single clauses, where an exchange names one).
 
-    A judge with an engine runs in a Ray worker (Ray has to be up), any other one here.
+    A judge with an engine runs in a Ray worker (Ray has to be up), any other one here. With a store,
+    verdicts on whole replies are looked up there first and kept there.
     """
-    return _run_judge(spec, _ask, spec, list(exchanges))
+    return _run_judge(spec, _ask, spec, list(exchanges), store)
 
 
 def open_judge(inputs: Inputs) -> JudgeSpec:
@@ -183,11 +222,13 @@ def has_engine(config: JudgeConfig) -> bool:
     return config.kind == "vllm" or any(map(has_engine, config.judges))
 
 
-def _ask(spec: JudgeSpec, exchanges: list[Exchange]) -> list[Verdict]:
+def _ask(spec: JudgeSpec, exchanges: list[Exchange], store: VerdictStore | None) -> list[Verdict]:
     judge = spec.build()
     whole = [exchange for exchange in exchanges if exchange.clause is None]
     single = [exchange for exchange in exchanges if exchange.clause is not None]
-    of_whole = iter(StoredJudge(spec, judge, None).verdicts(whole))
+    stored = StoredJudge(spec, judge, store)
+    of_whole = iter(stored.verdicts(whole))
+    stored.flush()
     of_single = iter(judge.verdicts(single) if single else [])
     return [next(of_whole if each.clause is None else of_single) for each in exchanges]
 

@@ -144,7 +144,7 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     verdicts = verdict_store(inputs)
 
     def work(out: Path) -> None:
-        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts)
+        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts, fleet)
         write_json(out / "made_by.json", inputs.run_id)
 
     key = triage_key(inputs, pairs, spec)

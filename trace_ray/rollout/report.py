@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ray.core import triage
+from trace_ray.errors import RegistryError
 from trace_ray.rollout.gate import gate_row
 from trace_ray.runtime.store import write_json, write_rows
 
@@ -50,6 +52,7 @@ def build(
             "review": sum(map(triage.in_review, rows)),
             "judge_calls": judged.judge_calls,
             "cache_hits": judged.cache_hits,
+            **judged.speed,
             **_endpoint(inputs, judged),
             "judge": {
                 "name": card.name,
@@ -140,12 +143,25 @@ def write(
     if report["triage"] is not None:
         write_rows(run_dir / VERDICTS, _verdict_rows(inputs, rows))
         write_rows(run_dir / TRIAGED, _scored_rows(inputs, rows, results))
+        _log_triage(inputs, report)
     write_json(run_dir / REPORT, report)
     latest = Path(inputs.config.storage, "latest")
     draft = latest.with_name(f".latest.{os.getpid()}")
     draft.unlink(missing_ok=True)
     draft.symlink_to(Path("runs", inputs.run_id))
     os.replace(draft, latest)
+
+
+def _log_triage(inputs: Inputs, report: dict[str, Any]) -> None:
+    """Log the triage's counts and speed as an MLflow run; one that was reused did so before."""
+    found = report["triage"]
+    if found["rows_per_s"] is None:
+        return
+    metrics = {f"triage.{k}": v for k, v in found.items() if isinstance(v, int | float)}
+    tags = {"run_id": inputs.run_id, "policy_digest": inputs.policy.digest}
+    # Metrics are for show: a run whose models are done doesn't fail for them.
+    with contextlib.suppress(RegistryError):
+        inputs.registry().log_run(f"triage {inputs.run_id}", metrics, tags)
 
 
 def _verdict_rows(inputs: Inputs, rows: list[TriagedPair]) -> list[dict[str, Any]]:

@@ -34,6 +34,14 @@ class JudgeCard:
     n_fit: int
     n_calibration: int
     n_test: int
+    auc_low: float | None = None
+    """95% interval of ``auc`` ..."""
+    auc_high: float | None = None
+    """... of the test part."""
+    ece: float | None = None
+    """Expected calibration error of p_violate."""
+    kappa: float | None = None
+    """Cohen's kappa between judge and labels, at the threshold."""
 
     def to_row(self) -> dict[str, str | float | int | None]:
         """Return the card as JSON values."""
@@ -138,14 +146,19 @@ def _card(spec: JudgeSpec, judge: Judge, split: LabelSplit) -> JudgeCard:
     threshold = spec.config.threshold
     if threshold == "calibrated":
         threshold = metrics.best_threshold([row.violates for row in split.calibration], calibration)
+    area, said = metrics.auc_interval(truth, test), [p >= threshold for p in test]
     return JudgeCard(
         name=spec.judge_id,
-        auc=metrics.auc(truth, test),
-        accuracy=metrics.accuracy(truth, [p >= threshold for p in test]),
+        auc=area.value,
+        accuracy=metrics.accuracy(truth, said),
         threshold=float(threshold),
         n_fit=0,
         n_calibration=len(calibration),
         n_test=len(test),
+        auc_low=area.ci_low,
+        auc_high=area.ci_high,
+        ece=metrics.expected_calibration_error(truth, test),
+        kappa=metrics.cohen_kappa(truth, said),
     )
 
 

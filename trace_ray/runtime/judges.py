@@ -39,14 +39,18 @@ class Judge(Protocol):
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens that went through an endpoint."""
+    """Tokens that went through an endpoint, or an engine of ours."""
 
     input_tokens: int = 0
     output_tokens: int = 0
+    engine_tokens: int = 0
+    """Read by an engine of this process, those of a cached prefix too."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
-            self.input_tokens + other.input_tokens, self.output_tokens + other.output_tokens
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.engine_tokens + other.engine_tokens,
         )
 
 
@@ -159,6 +163,7 @@ class VLLMJudge:
         self.yes, self.no = verdict_token(self.tokenizer, YES), verdict_token(self.tokenizer, NO)
         self.adapter = AdapterPath(spec.judge_id, spec.adapter_dir) if spec.adapter_dir else None
         self.max_tokens = engine.max_model_len
+        self.usage = Usage()
         self.engine = Engine(
             spec.model_dir,
             engine,
@@ -176,6 +181,7 @@ class VLLMJudge:
                 found[i] = ids
             else:
                 fits.append((i, ids))
+        self.usage.engine_tokens += sum(len(ids) for _, ids in fits)
         answers = self._answers([ids for _, ids in fits])
         for (i, _), answer in zip(fits, answers, strict=True):
             found[i] = self._verdict(Exchange(*exchanges[i]), answer)

@@ -135,7 +135,8 @@ class View:
     def _print(self, lines: dict[str, Line]) -> None:
         for who, line in lines.items():
             fifth = 5 * line.done // line.total if line.total else 0
-            state = (line.stage, line.note, fifth)
+            # Where rows are counted the note changes all the time: a line for each fifth will do.
+            state = (line.stage, "" if line.total else line.note, fifth)
             if self.shown.get(who) != state:
                 self.shown[who] = state
                 passed = time.time() - self.started

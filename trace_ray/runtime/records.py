@@ -40,6 +40,8 @@ class AdapterRecord:
     """Training log: rows of ``{step, timestamp_ms, <metric>: value}``."""
     artifacts: Sequence[Path] = ()
     """Files or folders kept with the run."""
+    card: str = ""
+    """JSON of what is known of a judge; empty for other adapters."""
 
     def tags(self) -> dict[str, str]:
         """Return the version's lineage tags."""
@@ -47,7 +49,8 @@ class AdapterRecord:
             "policy_id policy_version policy_digest data_digest base base_revision base_digest "
             "adapter_id adapter_sha256 parent_adapter objective"
         )
-        return {name: str(getattr(self, name)) for name in names.split()}
+        found = {name: str(getattr(self, name)) for name in names.split()}
+        return found | ({"card": self.card} if self.card else {})
 
 
 @dataclass(frozen=True, slots=True)

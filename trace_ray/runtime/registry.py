@@ -142,6 +142,18 @@ class Registry:
             run_id = self._client.get_model_version(name, version).run_id
             self._client.log_artifact(str(run_id), str(path))
 
+    def log_run(self, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Log a finished run that made no adapter, such as a triage.
+
+        Raises:
+            RegistryError: MLflow refuses.
+        """
+        with told(self.uri, f"metrics of {name} can't be logged"), self._exclusive():
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags))
+            for key, value in metrics.items():
+                self._client.log_metric(run.info.run_id, key, float(value))
+            self._client.set_terminated(run.info.run_id)
+
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Return all versions of a registered model (its full name), oldest first, with aliases.
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,21 @@ from trace_ray.config import Resources
 from trace_ray.core import triage
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import JudgeError
-from trace_ray.runtime.cluster import own_errors
+from trace_ray.runtime.cluster import own_errors, result
 from trace_ray.runtime.judges import Exchange, JudgeSpec, usage_of
+from trace_ray.runtime.progress import Reporter
+from trace_ray.runtime.store import write_json
 from trace_ray.runtime.stored_judge import StoredJudge
+from trace_ray.runtime.tally import Counting, Tally
 from trace_ray.runtime.verdict_store import VerdictStore
 from trace_ray.types import Label, Prompt, TriagedPair, Verdict, prompt_from_rows
 
-COUNTERS = ("judge_calls", "cache_hits", "input_tokens", "output_tokens")
+COUNTERS = ("judge_calls", "cache_hits", "input_tokens", "output_tokens", "engine_tokens")
+SPEED = "_speed.json"
+"""Beside the parquet files; readers of the folder pass over names with an underscore."""
 _RULE_BATCH = 4096
+_BLOCKS_PER_ACTOR = 4
+_MOST_ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,18 @@ class JudgeCounts:
     """Tokens sent to an endpoint."""
     output_tokens: int = 0
     """Tokens an endpoint answered with."""
+    engine_tokens: int = 0
+    """Tokens that engines of ours read."""
+    rows: int = 0
+    wall_s: float = 0.0
+    """Seconds from the first judge that was ready to the last row written; 0 where nothing was done."""
+
+    @property
+    def speed(self) -> dict[str, float | None]:
+        """``rows_per_s`` and ``tokens_per_s``; None where nothing was done."""
+        tokens = self.input_tokens + self.engine_tokens
+        done = {"rows_per_s": self.rows, "tokens_per_s": tokens}
+        return {k: round(n / self.wall_s, 1) if self.wall_s else None for k, n in done.items()}
 
     def reused(self) -> JudgeCounts:
         """The counts of a run that found this triage done."""
@@ -51,8 +72,12 @@ class JudgeCounts:
 class TriageBatch:
     """The Ray Data actor: a batch of pair rows in, triaged rows out."""
 
-    def __init__(self, spec: JudgeSpec, store: VerdictStore | None):
+    def __init__(
+        self, spec: JudgeSpec, store: VerdictStore | None, counting: Counting | None = None
+    ):
         self.model = spec.build()
+        self.counting = counting or Counting(None)
+        self.counting.start()
         self.judge = StoredJudge(spec, self.model, store)
         self.judge_both = spec.config.judge_both
 
@@ -73,6 +98,8 @@ class TriageBatch:
         self.judge.flush()
         category = [str(triage.categorise(a, b)) for a, b in zip(chosen, rejected, strict=True)]
         spent = [now - was for now, was in zip(self._counters(), before, strict=True)]
+        counts = Counter(category) + Counter(dict(zip(COUNTERS, spent, strict=True)))
+        self.counting.add(counts | {"rows": len(prompts)})
         out = batch.select(pair_schema().names).cast(pair_schema())
         out = out.append_column("category", pa.array(category, pa.string()))
         out = out.append_column("verdict_chosen", _verdict_column(chosen))
@@ -89,7 +116,8 @@ class TriageBatch:
 
     def _counters(self) -> tuple[int, ...]:
         usage = usage_of(self.model)
-        return self.judge.calls, self.judge.hits, usage.input_tokens, usage.output_tokens
+        tokens = (usage.input_tokens, usage.output_tokens, usage.engine_tokens)
+        return self.judge.calls, self.judge.hits, *tokens
 
 
 class _PromptKey:
@@ -161,7 +189,13 @@ def _with_prompt_key(table: Any) -> Any:
     return table.append_column("prompt_key", pa.array(keys))
 
 
-def triage_pairs(pairs: Path, out: Path, spec: JudgeSpec, store: VerdictStore | None) -> None:
+def triage_pairs(
+    pairs: Path,
+    out: Path,
+    spec: JudgeSpec,
+    store: VerdictStore | None,
+    reporter: Reporter | None = None,
+) -> None:
     """Judge and triage parquet of pairs into the folder ``out`` of parquet files.
 
     Args:
@@ -169,41 +203,79 @@ def triage_pairs(pairs: Path, out: Path, spec: JudgeSpec, store: VerdictStore | 
         out: folder to fill.
         spec: the judge.
         store: where verdicts are looked up and kept; None = nowhere.
+        reporter: told after each batch how far and how fast it is.
 
     Raises:
         JudgeError: the cluster has no room for the judge, or the judge refuses every row alike.
         TraceRayError: an actor failed otherwise.
     """
+    import pyarrow.dataset as ds
     import ray
     import ray.data
 
-    config = spec.config
-    resources = config.actor_resources
-    fewest, most = config.actor_range
-    if spec.kind == "rules" and "actors" not in config.model_fields_set:
-        # All cores but one: reading and writing leave time on that one, so two actors share a core.
-        resources = Resources(num_cpus=0.5)
-        fewest = most = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) - 1))
+    total = ds.dataset(pairs, format="parquet").count_rows()
+    actor: Any = ray.remote(num_cpus=0)(Tally)
+    tally = actor.remote(total, reporter)
+    batch_size = _RULE_BATCH if spec.kind == "rules" else spec.config.batch_size
+    n_blocks = _n_blocks(total, batch_size, _actor_range(spec)[1])
+    rows = ray.data.read_parquet(str(pairs), override_num_blocks=n_blocks)
+    if spec.kind != "rules":
+        rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
+    triaged = rows.map_batches(
+        TriageBatch,
+        fn_constructor_args=(spec, store, Counting(tally)),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        **_actors(spec),
+    )
+    with own_errors():
+        triaged.write_parquet(str(out))
+        write_json(out / SPEED, {"wall_s": result(tally.seconds.remote())})
+
+
+def _actors(spec: JudgeSpec) -> dict[str, Any]:
+    """Return the settings of the judge's actor pool, as ``map_batches`` takes them."""
+    import ray.data
+
+    fewest, most = _actor_range(spec)
+    resources = Resources(num_cpus=0.5) if _is_spread(spec) else spec.config.actor_resources
     _check_room(resources.num_cpus * fewest)
     # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
     environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
     options: dict[str, Any] = {
         **{name: value for name, value in resources.task_options.items() if value},
         "runtime_env": {"env_vars": environment},
+        "compute": ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
     }
-    rows = ray.data.read_parquet(str(pairs))
-    if spec.kind != "rules":
-        rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
-    triaged = rows.map_batches(
-        TriageBatch,
-        fn_constructor_args=(spec, store),
-        batch_size=_RULE_BATCH if spec.kind == "rules" else config.batch_size,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
-        **options,
-    )
-    with own_errors():
-        triaged.write_parquet(str(out))
+    return options
+
+
+def _is_spread(spec: JudgeSpec) -> bool:
+    """True for rules left alone: they take all cores but one, and two actors share a core.
+
+    Reading and writing leave time on that one core.
+    """
+    return spec.kind == "rules" and "actors" not in spec.config.model_fields_set
+
+
+def _actor_range(spec: JudgeSpec) -> tuple[int, int]:
+    """Return the fewest and the most actors."""
+    import ray
+
+    if not _is_spread(spec):
+        return spec.config.actor_range
+    n = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) - 1))
+    return n, n
+
+
+def _n_blocks(rows: int, batch_size: int, actors: int) -> int:
+    """Return how many blocks Ray Data cuts the rows into: an actor takes a block at a time.
+
+    Left to itself it cuts by bytes alone, and one actor of many would get all of a small file. A
+    block holds at least a batch, and at most what one output file should hold.
+    """
+    wanted = max(_BLOCKS_PER_ACTOR * actors, math.ceil(rows / _MOST_ROWS))
+    return max(1, min(wanted, math.ceil(rows / batch_size)))
 
 
 def _check_room(judge_cpus: float) -> None:
@@ -224,4 +296,7 @@ def read_triaged(folder: Path) -> tuple[list[TriagedPair], JudgeCounts]:
 
     rows = read_rows(folder)
     triaged = sorted((TriagedPair.from_row(row) for row in rows), key=lambda row: row.pair_id)
-    return triaged, JudgeCounts(*(sum(row[name] for row in rows) for name in COUNTERS))
+    spent = {name: sum(row.get(name, 0) for row in rows) for name in COUNTERS}
+    speed = folder / SPEED
+    wall_s = json.loads(speed.read_text())["wall_s"] if speed.exists() else None
+    return triaged, JudgeCounts(**spent, rows=len(rows), wall_s=wall_s or 0.0)
