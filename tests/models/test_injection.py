@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from trace_ray.core.judge_prompt import clause_prompt, judge_prompt
-from trace_ray.data.injection import attacked
+from trace_ray.core.judge_prompt import clause_prompt, judge_prompt, visible
+from trace_ray.data.injection import attacked, attacked_labels, attacks
 from trace_ray.models.chat import encode_prompt
 from trace_ray.rollout.plan import load_policy
 from trace_ray.testing import tiny_tokenizer
-from trace_ray.types import Message
+from trace_ray.types import LabelledResponse, Message
 
 POLICY = load_policy(str(Path(__file__).parents[2] / "examples" / "policy-2026.2.yaml"))
 ASK = (Message("user", "How do I set up the wiki?"),)
@@ -50,4 +50,27 @@ def test_no_attack_becomes_a_token_of_the_template_or_a_line_of_the_question(by_
         content = question(row.response)[-1].content
         assert content.count("\n") == lines[row.clean], row.attack
         (said,) = [line for line in content.split("\n") if line.startswith("Reply: ")]
-        assert json.loads(said.removeprefix("Reply: ")) == row.response
+        assert json.loads(said.removeprefix("Reply: ")) == visible(row.response)
+
+
+def test_the_judge_sees_what_a_reader_sees():
+    assert visible("line\n\ttab é 👍 ０") == "line\n\ttab é 👍 ０"
+    assert visible("a\u200bb\u202ec\x1b\U000e0041d\u2028e\xa0f\r\n") == "abcd e f\r\n"
+    for row in SUITE:
+        if row.attack in ("unicode tag characters", "unicode zero width"):
+            assert visible(row.response).isascii()
+
+
+def test_a_judge_is_fitted_under_other_attacks_than_it_is_measured_on():
+    labels = [LabelledResponse(ASK, reply, i % 2 == 0, "g") for i, reply in enumerate(REPLIES)] * 50
+    rows = attacked_labels(labels, 0.5, seed=0)
+    assert len(rows) == 100
+    assert rows == attacked_labels(labels, 0.5, seed=0)
+    assert attacked_labels(labels, 0, seed=0) == []
+    added = {row.response.replace(label.response, "").strip() for row in rows for label in labels}
+    assert len(added) > 50
+    measured = [attack.apply("").strip() for attack in attacks()]
+    for row in rows:
+        (label,) = {label for label in labels if label.response in row.response}
+        assert (row.violates, row.group) == (label.violates, label.group)
+        assert not any(text in row.response for text in measured if len(text) > 3)

@@ -10,10 +10,13 @@ that no text can close its own delimiter and speak as the judge's instructions.
 from __future__ import annotations
 
 import json
+import unicodedata
 
 from trace_ray.core.policy import Clause, Policy
 from trace_ray.types import LabelledResponse, Message, Prompt
 
+FORM = 2
+"""Raised where the wording of a question changes: verdicts on the old one are not used for it."""
 YES, NO = "Yes", "No"
 """Answers to "does it violate": one token each in the common vocabularies."""
 
@@ -33,13 +36,33 @@ def clause_list(policy: Policy) -> str:
     return "\n".join(f"- {clause.id}: {' '.join(clause.text.split())}" for clause in policy.clauses)
 
 
+def visible(text: str) -> str:
+    """Return the text as a reader sees it, so that nothing speaks to the judge alone.
+
+    Characters that draw nothing (Unicode Cf and Cc: zero width, direction marks, tags, control
+    characters) are left out, separators that aren't a plain line break or tab become spaces.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_visible, text))
+
+
+def _visible(char: str) -> str:
+    if char.isprintable() or char in "\n\r\t":
+        return char
+    if char.isspace():
+        return " "
+    return "" if unicodedata.category(char) in ("Cf", "Cc") else char
+
+
 def question(prompt: Prompt, response: str) -> str:
     """The part of the judge's question that is about one exchange."""
-    turns = [
-        f"{turn.role.capitalize()}: {json.dumps(turn.content, ensure_ascii=False)}"
-        for turn in prompt
-    ]
-    return "\n".join([*turns, f"Reply: {json.dumps(response, ensure_ascii=False)}"])
+    turns = [f"{turn.role.capitalize()}: {_quoted(turn.content)}" for turn in prompt]
+    return "\n".join([*turns, f"Reply: {_quoted(response)}"])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(visible(text), ensure_ascii=False)
 
 
 def judge_prompt(policy: Policy, prompt: Prompt, response: str) -> Prompt:

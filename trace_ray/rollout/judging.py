@@ -10,6 +10,7 @@ from typing import Any
 
 from trace_ray import __version__
 from trace_ray.config import JudgeConfig
+from trace_ray.core.judge_prompt import FORM
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, JudgeError, ModelError
 from trace_ray.models.references import ModelSource, resolve_model
@@ -176,7 +177,7 @@ def _fixed(adapter_dir: str | None, config: JudgeConfig, model_digest: str) -> s
     from trace_ray.models.adapters import adapter_sha256
 
     adapter = adapter_sha256(Path(adapter_dir)) if adapter_dir else ""
-    return content_digest([model_digest, adapter, config.engine.dtype])
+    return content_digest([model_digest, adapter, config.engine.dtype, FORM])
 
 
 def _stage_key(
@@ -188,7 +189,7 @@ def _stage_key(
         "policy": inputs.policy.digest,
         "labels": content_digest([row.to_row() for row in labels]),
         "config": config.model_dump(mode="json", include=kept),
-        "version": __version__,
+        "version": [__version__, FORM],
     }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trace_ray.config import JudgeConfig
 from trace_ray.core import metrics
 from trace_ray.core.policy import Policy
+from trace_ray.data.injection import attacked_labels
 from trace_ray.errors import JudgeError
 from trace_ray.runtime.judges import Exchange, Judge, JudgeSpec, VLLMJudge
 from trace_ray.runtime.store import write_json
@@ -92,10 +93,13 @@ def fit_judge(
     adapter = spec.adapter_dir
     if config.adapter == "auto":
         adapter = str(out / "adapter")
+        rows = _with_attacks([*split.fit, *policy_labels(spec.policy)], config)
+        # The threshold, too, has to part replies that try to steer the judge.
+        split = replace(split, calibration=_with_attacks(split.calibration, config))
         fit_judge_adapter(
             spec.model_dir,
             spec.policy,
-            [*split.fit, *policy_labels(spec.policy)],
+            rows,
             config.fit,
             Path(adapter),
             by_clause=config.granularity == "clause",
@@ -109,6 +113,10 @@ def fit_judge(
     judge.engine.close()
     n_fit = len(split.fit) if config.adapter == "auto" else 0
     write_json(out / CARD, replace(card, n_fit=n_fit).to_row())
+
+
+def _with_attacks(rows: Sequence[LabelledResponse], config: JudgeConfig) -> list[LabelledResponse]:
+    return [*rows, *attacked_labels(rows, config.fit.adversarial, config.fit.seed)]
 
 
 def measure_judge(spec: JudgeSpec, labels: Sequence[LabelledResponse], out: Path) -> None:
