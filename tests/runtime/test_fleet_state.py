@@ -98,10 +98,14 @@ def test_the_journal_follows_the_board_and_its_serial_grows_over_runs(tmp_path):
     assert found.rows["a"].status == "stopped"
     before = found.serial
     journal.take({"a": Line("train", 3, 10)}, [])  # nothing new: not written
+    Journal(state, "p-2-aa", "fleet.yaml", ["b"], tmp_path / "logs")  # --only b
+    only = state.read()
+    assert only is not None
+    assert (only.rows["a"].done, only.rows["b"].status) == (3, "waiting")
     Journal(state, "p-2-bb", "fleet.yaml", ["a"], tmp_path / "logs")
     again = state.read()
     assert again is not None
-    assert again.serial == before + 1
+    assert again.serial == before + 2
     assert again.rows.keys() == {FLEET, "a"}
 
 

@@ -363,7 +363,7 @@ def _open_costs(
     prompts = min(len(job.inputs.prompts), (evaluation and evaluation.max_prompts) or 1 << 30)
     tokens = _pair_tokens(job, rows)
     units = {
-        SCORES: (planned.conflicts if planned else 0) + training.impact.gold_batch,
+        SCORES: max(planned.conflicts if planned else 0, 1),
         ADAPTERS: steps * training.batch_size,
         MEASURES: prompts,
     }

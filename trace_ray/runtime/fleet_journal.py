@@ -164,6 +164,9 @@ class Journal:
         self.path, self.logs = state.folder / JOURNAL, logs
         self.record = Record(run_id, config, "running", now(), now())
         self.record.serial = before.serial if before else 0
+        self.models = models
+        if before is not None and before.run_id == run_id:  # `--only`: the others stay as they are
+            self.record.rows |= before.rows
         for name in (FLEET, *models):
             self.record.rows[name] = RowState(log=str(logs / f"{name}.log"))
         logs.mkdir(parents=True, exist_ok=True)
@@ -184,11 +187,10 @@ class Journal:
 
     def end(self, status: str, note: str = "") -> None:
         """Close the record of this run; what is under way is stopped, and a failed model is counted."""
-        rows = self.record.rows.values()
-        failed = sum(row.status == "failed" for row in rows)
+        failed = sum(self.record.rows[name].status == "failed" for name in self.models)
         if status == "done" and failed:
-            status, note = "failed", f"{failed} of {len(rows) - 1} models failed"
-        for row in rows:
+            status, note = "failed", f"{failed} of {len(self.models)} models failed"
+        for row in self.record.rows.values():
             row.status = "stopped" if row.status in ("waiting", "running") else row.status
         self.record.status, self.record.note = status, note
         self.write()
