@@ -77,7 +77,7 @@ def read_inputs(config_path: str) -> Inputs:
     must_comply = evaluation.must_comply if evaluation else None
     digest = data_digest(config, locate(config.data.source))
     inputs = {
-        "config": config.model_dump(mode="json", exclude={"storage"}, by_alias=True),
+        "config": config.model_dump(mode="json", exclude={"storage", "rollout"}, by_alias=True),
         "policy": policy.digest,
         "data": digest,
         "labels": [row.to_row() for row in labels],
