@@ -20,6 +20,7 @@ from trace_ray.core.promotion import AliasMove
 from trace_ray.errors import ModelError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout.promotion import Rollouts
+from trace_ray.rollout.waves import WaveRollout
 from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.records import AdapterRecord
@@ -270,3 +271,110 @@ def test_an_alias_moved_by_hand_stops_the_rest_in_words(gated):
     done = rollout(gated, "promote")
     assert done.exit_code == 2
     assert "trace-one@champion points at version 1, not 7" in done.output
+
+
+def live(fleet, name, candidate_complies, n=400, number=0):
+    """Write a finished file of the endpoint's records: both arms of one model, in turn."""
+    registry = Registry(default_uri(fleet / "storage"))
+    arms = [each.tags["adapter_id"] for each in registry.versions(f"trace-{name}")]
+    rows = []
+    for i in range(n):
+        for arm, complies in zip(arms, (i % 10 > 0, candidate_complies(i)), strict=True):
+            label = "complies" if complies else "violates"
+            rows.append({"type": "decision", "model": name, "adapter": arm, "label": label})
+    folder = fleet / "storage" / "records"
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"decisions-{time.time_ns()}-{number}.jsonl").write_text(text)
+
+
+@pytest.fixture
+def waves(gated):
+    """The fleet with a rollout of two waves that need not soak, just started."""
+    config = yaml.safe_load((gated / "fleet.yaml").read_text())
+    each = [{"models": [name], "share": 0.5, "soak_s": 0} for name in NAMES]
+    config["rollout"] = {"waves": each, "margin": 0.2}
+    (gated / "fleet.yaml").write_text(yaml.safe_dump(config))
+    (gated / "storage" / "rollout" / "waves.json").unlink(missing_ok=True)
+    done = rollout(gated, "start")
+    assert done.exit_code == 0, done.output
+    assert "wave 2: two: 50% of traffic" in done.output
+    return gated
+
+
+def test_good_candidates_are_promoted_wave_by_wave_by_themselves(waves):
+    assert "is under way" in rollout(waves, "start").output
+    live(waves, "two", lambda i: False)  # not its wave yet
+    live(waves, "one", lambda i: i % 10 > 0)
+    done = rollout(waves, "step")
+    assert "one: promote: compliance is not worse by the margin (360 of 400" in done.output
+    assert [aliases(waves, name) for name in NAMES] == [NEW, OLD]
+    assert "running, wave 2" in rollout(waves, "status").output
+    live(waves, "two", lambda i: i % 10 > 0)
+    done = rollout(waves, "step", "--every", "1")
+    assert (done.exit_code, "rollout: done" in done.output) == (0, True), done.output
+    assert [aliases(waves, name) for name in NAMES] == [NEW, NEW]
+
+
+def test_a_bad_candidate_is_withdrawn_by_itself_and_kept_in_the_chain(waves):
+    live(waves, "one", lambda i: i % 2 > 0)
+    done = rollout(waves, "step")
+    assert done.exit_code == 1
+    assert "one: withdraw: compliance is worse" in done.output
+    assert [aliases(waves, name) for name in NAMES] == [{"champion": 1}, OLD]
+    last = decisions(waves)[-1]
+    assert (last.what, last.evidence["models"][0]["name"]) == ("withdraw", "one")
+    assert "worse than the champion" in last.evidence["forced"]
+    assert rollout(waves, "step").exit_code == 1  # again: nothing more happens
+    assert len(decisions(waves)) == last.number + 1 - len(gates_of(waves))
+
+
+def gates_of(fleet):
+    records = AuditLog(fleet / "storage" / "audit").records()
+    return [each for each in records if each.what == "realign"]
+
+
+def test_what_a_pause_saw_does_not_count(waves):
+    assert "paused" in rollout(waves, "pause").output
+    live(waves, "one", lambda i: False)
+    assert "paused" in rollout(waves, "step").output
+    assert "running" in rollout(waves, "resume").output
+    assert "running" in rollout(waves, "step").output
+    assert aliases(waves, "one") == OLD
+    assert rollout(waves, "resume").exit_code == 2
+
+
+def test_killed_between_the_promotion_and_the_state_it_is_not_done_twice(waves, monkeypatch):
+    live(waves, "one", lambda i: i % 10 > 0)
+    before = len(decisions(waves))
+    monkeypatch.setattr("trace_ray.rollout.waves.WaveRollout._write", killed)
+    with pytest.raises(Killed):
+        WaveRollout(str(waves / "fleet.yaml")).step()
+    monkeypatch.undo()
+    assert rollout(waves, "step").exit_code == 0
+    assert aliases(waves, "one") == NEW
+    assert len(decisions(waves)) == before + 1
+
+
+def killed(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        (
+            {"waves": [{"models": ["one", "two"]}]},
+            "wave 1 holds 2 of 2 models, blast_cap 0.5 allows",
+        ),
+        ({"waves": [{"models": ["one"]}, {"models": ["one"]}]}, "one stands twice"),
+        ({"waves": [{"models": ["six"]}]}, "no model is called six"),
+    ],
+)
+def test_waves_that_make_no_sense_are_refused(gated, tmp_path, section, told):
+    config = yaml.safe_load((gated / "fleet.yaml").read_text()) | {"rollout": section}
+    for name in ("policy.yaml", "pairs.jsonl"):
+        (tmp_path / name).write_bytes((gated / name).read_bytes())
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config))
+    done = rollout(tmp_path, "start")
+    assert (done.exit_code, told in done.output) == (2, True), done.output

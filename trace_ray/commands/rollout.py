@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
+
+if TYPE_CHECKING:
+    from trace_ray.core.waves import WaveState
 
 app = typer.Typer(help="Promote candidates, and take them back.", no_args_is_help=True)
 
@@ -21,9 +26,12 @@ def status(config: ConfigPath) -> None:
     """Show each model's champion, challenger with the gate's word, and previous champion."""
     with exits_cleanly():
         from trace_ray.rollout.promotion import Rollouts, status_table
+        from trace_ray.rollout.waves import WaveRollout
 
         rollouts = Rollouts(str(config))
         terminal().print(status_table(rollouts.states()))
+        if state := WaveRollout(str(config)).state():
+            typer.echo(_wave_line(state))
         if change := rollouts.journal.pending():
             typer.echo(
                 f"a {change['what']} by {change['who']} was cut short: the next promote, rollback "
@@ -55,6 +63,69 @@ def rollback(
 
         change = Rollouts(str(config)).rollback(model or (), to_policy, force)
         _say(change, "nothing to go back to: every model is there already")
+
+
+@app.command("start")
+def start(config: ConfigPath) -> None:
+    """Begin a rollout in waves of the candidates that the gate let through."""
+    with exits_cleanly():
+        from trace_ray.rollout.waves import WaveRollout
+
+        rollout = WaveRollout(str(config))
+        rollout.start()
+        for number, wave in enumerate(rollout.plan.waves, 1):
+            typer.echo(f"wave {number}: {', '.join(wave.models)}: {100 * wave.share:g}% of traffic")
+        typer.echo(f"next: trace-ray rollout step {config} --every 60")
+
+
+@app.command("step")
+def step(
+    config: ConfigPath,
+    every: Annotated[float, typer.Option(help="Repeat after so many seconds; 0 = once.")] = 0,
+) -> None:
+    """Take in the live records that came since, and promote or withdraw; exit 1 once withdrawn."""
+    with exits_cleanly():
+        from trace_ray.rollout.waves import WaveRollout
+
+        rollout = WaveRollout(str(config))
+        while True:
+            state, actions = rollout.step()
+            for action in actions:
+                typer.echo(f"{action.model}: {action.what}: {action.reason}")
+            typer.echo(_wave_line(state))
+            if not every or state.status in ("done", "stopped"):
+                break
+            time.sleep(every)
+    sys.exit(1 if state.status == "stopped" else 0)
+
+
+@app.command("pause")
+def pause(config: ConfigPath) -> None:
+    """Stop taking in records; candidates stay where they are."""
+    with exits_cleanly():
+        from trace_ray.rollout.waves import WaveRollout
+
+        typer.echo(_wave_line(WaveRollout(str(config)).pause(True)))
+
+
+@app.command("resume")
+def resume(config: ConfigPath) -> None:
+    """Go on with a paused rollout."""
+    with exits_cleanly():
+        from trace_ray.rollout.waves import WaveRollout
+
+        typer.echo(_wave_line(WaveRollout(str(config)).pause(False)))
+
+
+def _wave_line(state: WaveState) -> str:
+    line = f"rollout: {state.status}, wave {state.wave + 1}, {state.soaked_s:.0f} s soaked"
+    for model, tests in state.tests.items():
+        if (seen := tests.get("compliance")) is not None:
+            line += (
+                f"; {model}: candidate {seen.candidate_complied} of {seen.candidate_n} comply, "
+                f"champion {seen.champion_complied} of {seen.champion_n}"
+            )
+    return f"{line}; {state.reason}" if state.reason else line
 
 
 @app.command("report")

@@ -17,6 +17,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from trace_ray.config.gate import GateSection
 from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
+from trace_ray.config.rollout import RolloutSection
 from trace_ray.config.sections import EngineConfig, Resources, RetriesConfig, Section
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
@@ -238,6 +239,7 @@ class FleetConfig(Section):
     retries: RetriesConfig = RetriesConfig()
     parallel: int | None = Field(default=None, ge=1)
     """Models realigned at once, the largest first; null = all, as the cluster has room."""
+    rollout: RolloutSection = RolloutSection()
     storage: str = ".trace-ray"
     tracking: TrackingConfig = TrackingConfig()
 

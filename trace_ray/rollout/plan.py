@@ -25,6 +25,9 @@ from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.runtime.store import Store
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, Prompt, content_digest
 
+NOT_ASKED = {"storage", "retries", "parallel", "rollout"}
+"""Sections of the config that don't change what a run makes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -77,9 +80,7 @@ def read_inputs(config_path: str) -> Inputs:
     must_comply = evaluation.must_comply if evaluation else None
     digest = data_digest(config, locate(config.data.source))
     inputs = {
-        "config": config.model_dump(
-            mode="json", exclude={"storage", "retries", "parallel"}, by_alias=True
-        ),
+        "config": config.model_dump(mode="json", exclude=NOT_ASKED, by_alias=True),
         "policy": policy.digest,
         "data": digest,
         "labels": [row.to_row() for row in labels],

@@ -12,7 +12,7 @@ from trace_ray import __version__
 from trace_ray.errors import ConfigError
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.model_job import Deployed
-from trace_ray.rollout.plan import Inputs
+from trace_ray.rollout.plan import NOT_ASKED, Inputs
 from trace_ray.runtime.store import write_json
 from trace_ray.runtime.verdict_store import HUMAN
 from trace_ray.types import content_digest
@@ -25,7 +25,7 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
     from trace_ray.rollout.judging import verdict_store
 
     config = inputs.config
-    settings = config.model_dump(mode="json", exclude={"storage", "retries", "parallel"})
+    settings = config.model_dump(mode="json", exclude=NOT_ASKED)
     return {
         "config": content_digest(settings),
         "policy": inputs.policy.digest,
@@ -34,6 +34,9 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
         "evaluation.prompts": content_digest([item.to_row() for item in inputs.prompts]),
         "evaluation.retention_prompts": content_digest(
             [[turn.to_row() for turn in prompt] for prompt in inputs.retention]
+        ),
+        "evaluation.must_comply": content_digest(
+            [[turn.to_row() for turn in prompt] for prompt in inputs.must_comply]
         ),
         "data.gold": content_digest({k: str(v) for k, v in inputs.gold.items()}),
         "people's verdicts": content_digest(

@@ -93,7 +93,7 @@ class Rollouts:
                 return cut_short
             states = self.states(names)
             chosen = [state for state in states if names or state.at(CHALLENGER)]
-            refused = [text for state in chosen for text in _not_promotable(state, force)]
+            refused = [text for state in chosen for text in not_promotable(state, force)]
             if refused:
                 raise RolloutError("\n".join(refused))
             moves = [
@@ -132,6 +132,17 @@ class Rollouts:
             if refused:
                 raise RolloutError("\n".join(refused))
             return self._change("rollback", moves, force)
+
+    def withdraw(self, name: str, reason: str) -> dict[str, Any] | None:
+        """Take a model's challenger out of the running; its champion stays. None where it has none."""
+        with self.journal.locked(user()):
+            self._finish()
+            (state,) = self.states([name])
+            candidate = state.at(CHALLENGER)
+            if candidate is None:
+                return None
+            moves = [AliasMove(CHALLENGER, candidate.version, None)]
+            return self._change("withdraw", [(state, moves)], reason)
 
     def finish(self) -> dict[str, Any] | None:
         """Do the rest of a change that was cut short and return it; None where there is none."""
@@ -189,7 +200,7 @@ class Rollouts:
         return change
 
 
-def _not_promotable(state: ModelState, force: str) -> list[str]:
+def not_promotable(state: ModelState, force: str) -> list[str]:
     """Return why a model's challenger may not be promoted; [] where it may."""
     candidate = state.at(CHALLENGER)
     if candidate is None:
@@ -233,9 +244,13 @@ def _rollback_target(state: ModelState, to_policy: str | None, force: str) -> in
 
 
 def _model_row(state: ModelState, moves: list[AliasMove]) -> dict[str, Any]:
-    (champion,) = (move for move in moves if move.alias == CHAMPION)
-    before = None if champion.before is None else state.version(champion.before)
-    after = state.version(champion.after or 0)
+    """Return one model's part of a change; a withdrawal names the challenger, and no champion after."""
+    wanted = CHAMPION if any(move.alias == CHAMPION for move in moves) else CHALLENGER
+    (main,) = (move for move in moves if move.alias == wanted)
+    before = None if main.before is None else state.version(main.before)
+    after = before if main.after is None else state.version(main.after)
+    if after is None:
+        raise ValueError("a change that begins and ends with no version")
     return {
         "name": state.name,
         "registered": state.registered,

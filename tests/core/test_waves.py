@@ -1,0 +1,101 @@
+"""Rollouts in waves, simulated: what is withdrawn, promoted, and what waits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from trace_ray.core.sequential import Arm, SequentialConfig, blocks_to_catch, log_evidence
+from trace_ray.core.waves import Action, Observation, Status, Wave, WavePlan, WaveState, advance
+from trace_ray.errors import DataError
+
+PLAN = WavePlan((Wave(("a",), 0.1, 60), Wave(("b", "c"), 0.5, 60)), 0.05, 0.2, 2.0)
+ARMS = (Arm.CHAMPION, Arm.CANDIDATE)
+
+
+def traffic(seed, n, model, champion, candidate, **more):
+    """Yield n requests of each arm that comply at the given rates."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        for arm, rate in zip(ARMS, (champion, candidate), strict=True):
+            yield Observation(model, arm, bool(rng.random() < rate), **more)
+
+
+def test_a_good_fleet_goes_through_wave_by_wave():
+    state, done = WaveState(), []
+    for models in ("a", "bc"):
+        seen = [each for model in models for each in traffic(1, 300, model, 0.9, 0.9)]
+        state, actions = advance(PLAN, state, seen, 30)
+        assert actions == []  # not soaked yet
+        state = WaveState.from_row(json.loads(json.dumps(state.to_row())))
+        state, actions = advance(PLAN, state, [], 30)
+        done += [(action.what, action.model) for action in actions]
+        if models == "a":
+            assert (state.wave, state.status, state.soaked_s) == (1, Status.RUNNING, 0)
+    assert done == [("promote", "a"), ("promote", "b"), ("promote", "c")]
+    assert state.status is Status.DONE
+    assert advance(PLAN, state, traffic(1, 50, "a", 1, 0), 60) == (state, [])
+
+
+def test_a_bad_candidate_is_withdrawn_before_it_has_soaked_and_nothing_follows():
+    state, actions = advance(PLAN, WaveState(), traffic(1, 300, "a", 0.95, 0.6), 1)
+    (action,) = actions
+    assert (action.what, action.model) == ("withdraw", "a")
+    assert "compliance is worse" in action.reason
+    assert state.status is Status.STOPPED
+    assert "a: compliance" in state.reason
+
+
+@pytest.mark.parametrize(
+    ("worse", "name"), [({"succeeded": False}, "success"), ({"latency_s": 9.0}, "latency")]
+)
+def test_errors_and_latency_are_guarded_where_nothing_is_judged(worse, name):
+    seen = []
+    for _ in range(60):
+        seen += [Observation("a", Arm.CHAMPION, None, latency_s=0.1)]
+        seen += [Observation("a", Arm.CANDIDATE, None, **({"latency_s": 0.1} | worse))]
+    state, actions = advance(PLAN, WaveState(), seen, 1)
+    assert actions == [Action("withdraw", "a", actions[0].reason)]
+    assert f"{name} is worse" in state.reason
+
+
+def test_other_waves_pauses_and_clocks_set_back_change_nothing():
+    state, actions = advance(PLAN, WaveState(), traffic(1, 300, "b", 1, 0), -500)
+    assert (state.tests, actions, state.soaked_s) == ({}, [], 0)
+    paused = WaveState(status=Status.PAUSED)
+    assert advance(PLAN, paused, traffic(1, 300, "a", 1, 0), 60) == (paused, [])
+    few, actions = advance(PLAN, WaveState(), traffic(1, 5, "a", 1, 1), 600)
+    assert (few.status, few.promoted, actions) == (Status.RUNNING, (), [])  # too few: it waits
+
+
+def test_each_model_stands_in_one_wave():
+    with pytest.raises(DataError, match="stands once"):
+        WavePlan((Wave(("a",), 0.1, 0), Wave(("a",), 0.1, 0)), 0.05, 0.05, 1)
+
+
+def withdrawn(plan, champion, candidate, blocks, seeds=1000):
+    """Return for each seed whether one model's compliance test withdraws within the blocks."""
+    rng = np.random.default_rng(7)
+    shape = (seeds, blocks)
+    x = (1 + (rng.random(shape) < candidate) - 1.0 * (rng.random(shape) < champion)) / 2
+    t = np.arange(1, blocks + 1)
+    total = x.cumsum(1)
+    predicted = np.concatenate([np.full((seeds, 1), 0.5), (0.5 + total[:, :-1]) / (1 + t[:-1])], 1)
+    variance = ((x - predicted) ** 2).cumsum(1)
+    test = plan.test()
+    return np.any(
+        [
+            log_evidence(t[i], total[:, i], variance[:, i], 0.0, worse=True) >= -np.log(test.alpha)
+            for i in range(0, blocks, 10)
+        ],
+        axis=0,
+    )
+
+
+def test_false_withdrawals_and_a_drop_of_five_points_over_a_thousand_rollouts():
+    """A false withdrawal anywhere in the fleet <= 5%; a drop is caught in the stated count >= 95%."""
+    test = PLAN.test()
+    blocks = blocks_to_catch(0.9, 0.85, SequentialConfig(test.alpha, test.margin))
+    false = withdrawn(PLAN, 0.9, 0.9, blocks).mean()
+    assert 9 * false <= 0.05 + 0.02  # three models, three tests each; 0.02 for chance
+    assert withdrawn(PLAN, 0.9, 0.85, blocks + 10).mean() >= 0.95
