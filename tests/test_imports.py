@@ -20,6 +20,7 @@ LAYERS = {
     "rollout": 4,
     "serve": 5,
     "cli": 6,
+    "commands": 6,
     "__init__": -1,
 }
 HEAVY = {"ray", "vllm", "mlflow", "transformers", "peft", "trl"}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trace_ray.commands import harvest as harvest_group
+from trace_ray.commands import keys as keys_group
 from trace_ray.errors import ConfigError, TraceRayError
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ review_app = typer.Typer(help="Bring people's answers in.", no_args_is_help=True
 app.add_typer(review_app, name="review")
 audit_app = typer.Typer(help="The tamper-evident log of decisions.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+app.add_typer(keys_group.app, name="keys")
+app.add_typer(harvest_group.app)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config (YAML).")]
 

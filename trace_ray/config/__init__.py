@@ -17,6 +17,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
 from trace_ray.config.sections import EngineConfig, Resources, Section
+from trace_ray.config.serve import ServeSection
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
 
@@ -230,6 +231,7 @@ class FleetConfig(Section):
     evaluation: EvaluationConfig | None = None
     """null = not measured."""
     gate: GateSection = GateSection()
+    serve: ServeSection = ServeSection()
     storage: str = ".trace-ray"
     tracking: TrackingConfig = TrackingConfig()
 
@@ -362,6 +364,9 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     data = config.data.model_copy(
         update={"source": at(config.data.source), "gold": at(config.data.gold)}
     )
+    serve = config.serve.model_copy(
+        update={"shadow_policy": at(config.serve.shadow_policy), "keys": at(config.serve.keys)}
+    )
     storage = os.path.abspath(os.environ.get("TRACE_RAY_STORAGE") or config.storage)
     return config.model_copy(
         update={
@@ -370,6 +375,7 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
             "judge": judge,
             "oracle": oracle,
             "evaluation": evaluation,
+            "serve": serve,
             "storage": storage,
         }
     )
@@ -385,6 +391,7 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
         "evaluation.prompts": evaluation.prompts if evaluation else None,
         "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
     }
+    files |= {"serve.shadow_policy": config.serve.shadow_policy, "serve.keys": config.serve.keys}
     files |= _judge_files(judge, "judge") if judge else {}
     return {field: value for field, value in files.items() if value is not None}
 

@@ -75,7 +75,7 @@ def read_inputs(config_path: str) -> Inputs:
     retention = evaluation.retention_prompts if evaluation else None
     digest = data_digest(config, locate(config.data.source))
     inputs = {
-        "config": config.model_dump(mode="json", exclude={"storage"}, by_alias=True),
+        "config": config.model_dump(mode="json", exclude={"storage", "serve"}, by_alias=True),
         "policy": policy.digest,
         "data": digest,
         "labels": [row.to_row() for row in labels],

@@ -1,0 +1,1 @@
+"""Groups of subcommands of the trace-ray command."""
