@@ -75,8 +75,25 @@ FIELDS = {
     "chat_template_kwargs": ANY,
     "user": ANY,
 }
-BODIES = st.fixed_dictionaries(
-    {"model": st.sampled_from(NAMES) | ANY, "max_tokens": st.integers(-1, 3) | ANY}, optional=FIELDS
+SOUND = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "prompt": "hi",
+    "response": "Hello.",
+    "request_id": "none",
+    "max_tokens": 1,
+}
+FIELDS["max_tokens"] = st.integers(-1, 3) | ANY
+FIELDS["model"] = ANY
+
+
+def _changed(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({name: FIELDS[name] for name in names})
+
+
+BODIES = st.builds(
+    lambda model, changes: SOUND | {"model": model} | changes,
+    st.sampled_from(NAMES),
+    st.lists(st.sampled_from(sorted(FIELDS)), max_size=3, unique=True).flatmap(_changed),
 )
 PATHS = st.sampled_from(["chat/completions", "completions", "compliance/check", "compliance/edits"])
 

@@ -185,8 +185,9 @@ class Ingress:
         try:
             key = self._door.key(request)
             with ExitStack() as held:
+                held.callback(self._show_in_flight)
                 held.enter_context(self._door.place(key))
-                self._metrics.in_flight(self._door.in_flight)
+                self._show_in_flight()
                 body = read_json(await self._door.body(request))
                 route = self._named(body)
                 model = route.model
@@ -204,6 +205,9 @@ class Ingress:
             raise
         finally:
             self._metrics.answered(path, model, status, time.monotonic() - started)
+
+    def _show_in_flight(self) -> None:
+        self._metrics.in_flight(self._door.in_flight)
 
     def _named(self, body: Mapping[str, Any]) -> Route:
         name = body.get("model")

@@ -242,11 +242,18 @@ class EngineReplica:
             engine.shutdown()
 
 
+_MISSHAPEN = (LookupError, AttributeError, AssertionError, NotImplementedError, RecursionError)
+"""What vLLM raises on the parts of a request whose shape its own types leave open (tools, arguments of
+the chat template); what its engine raises is of other kinds."""
+
+
 def _error(error: Exception) -> Any:
     """Turn what vLLM or pydantic raised into vLLM's OpenAI-form error."""
     from pydantic import ValidationError
     from vllm.entrypoints.serve import create_error_response
 
+    if isinstance(error, _MISSHAPEN):
+        return create_error_response(f"the request can't be read ({type(error).__name__}: {error})")
     if isinstance(error, ValidationError):
         lines = [
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
