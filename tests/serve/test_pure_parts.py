@@ -17,7 +17,7 @@ from trace_ray.core.policy import Policy
 from trace_ray.data.sources import read_prompts
 from trace_ray.errors import ConfigError, DataError
 from trace_ray.serve.answers import read_event, replaced_event, reply_text, retry_body
-from trace_ray.serve.config import ComplianceTable
+from trace_ray.serve.config import ComplianceTable, compliance_table
 from trace_ray.serve.harvest import harvest
 from trace_ray.serve.keys import Keys, Role, add_key, revoke_key
 from trace_ray.serve.limiter import Limiter
@@ -351,3 +351,32 @@ def test_a_second_answer_that_complies_goes_out(tmp_path):
 
 async def _no_judge(judge, questions):
     raise AssertionError
+
+
+def test_a_fleet_config_says_how_its_endpoint_polices_itself(tmp_path):
+    from trace_ray.config import load_config
+    from trace_ray.serve.fleet import _compliance
+
+    (tmp_path / "p.yaml").write_text(
+        "{id: p, version: '1', clauses: [{id: c, text: t, checks: {must_not_match: bad}}]}"
+    )
+    (tmp_path / "pairs.jsonl").touch()
+    fleet = tmp_path / "fleet.yaml"
+    text = """
+policy: p.yaml
+data: {source: pairs.jsonl}
+judge: {kind: rules}
+models: [{name: m, base: demo:smollm2}]
+serve:
+  compliance: {mode: block, fail: closed}
+  shadow_policy: %s
+"""
+    fleet.write_text(text % "p.yaml")
+    found = _compliance(str(fleet), load_config(fleet))
+    assert found is not None
+    assert (found.mode, found.fail, found.judge) == ("block", "closed", None)
+    assert found.policy == found.shadow_policy == str(tmp_path / "p.yaml")
+    assert ComplianceTable.model_validate(compliance_table(found).model_dump(mode="json"))
+    fleet.write_text(text % "gone.yaml")
+    with pytest.raises(ConfigError, match=r"serve\.shadow_policy: no such file"):
+        load_config(fleet)

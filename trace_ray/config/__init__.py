@@ -364,9 +364,6 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     data = config.data.model_copy(
         update={"source": at(config.data.source), "gold": at(config.data.gold)}
     )
-    serve = config.serve.model_copy(
-        update={"shadow_policy": at(config.serve.shadow_policy), "keys": at(config.serve.keys)}
-    )
     storage = os.path.abspath(os.environ.get("TRACE_RAY_STORAGE") or config.storage)
     return config.model_copy(
         update={
@@ -375,7 +372,7 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
             "judge": judge,
             "oracle": oracle,
             "evaluation": evaluation,
-            "serve": serve,
+            "serve": config.serve.with_paths(at),
             "storage": storage,
         }
     )
@@ -391,7 +388,7 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
         "evaluation.prompts": evaluation.prompts if evaluation else None,
         "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
     }
-    files |= {"serve.shadow_policy": config.serve.shadow_policy, "serve.keys": config.serve.keys}
+    files |= config.serve.files()
     files |= _judge_files(judge, "judge") if judge else {}
     return {field: value for field, value in files.items() if value is not None}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -107,3 +108,13 @@ class ServeSection(Section):
     limits: Limits = Limits()
     records: Records | None = Records()
     """null = nothing is recorded."""
+
+    def files(self) -> dict[str, str | None]:
+        """Return the files it names, by their keys in a fleet config."""
+        return {"serve.shadow_policy": self.shadow_policy, "serve.keys": self.keys}
+
+    def with_paths(self, at: Callable[[str | None], str | None]) -> ServeSection:
+        """Return it with ``at`` applied to each file's path."""
+        return self.model_copy(
+            update={"shadow_policy": at(self.shadow_policy), "keys": at(self.keys)}
+        )
