@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands import audit, fleet, judge, lineage, review, rollout, verdicts
+from trace_ray.commands import (
+    audit,
+    fleet,
+    harvest,
+    judge,
+    keys,
+    lineage,
+    review,
+    rollout,
+    verdicts,
+)
 from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal
 from trace_ray.errors import ConfigError, StoppedError
 
@@ -28,6 +38,8 @@ app.add_typer(verdicts.app, name="verdicts")
 app.add_typer(review.app, name="review")
 app.add_typer(audit.app, name="audit")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(keys.app, name="keys")
+app.add_typer(harvest.app)
 
 
 def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = False) -> int:

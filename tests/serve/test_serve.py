@@ -6,63 +6,16 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import yaml
+from served_models import NEW, OLD, Post, support
 
-from trace_ray.config import EngineConfig
 from trace_ray.errors import ConfigError, ServeError
-from trace_ray.models.adapters import adapter_sha256
-from trace_ray.serve.config import ServeConfig, ServedAdapter, ServedModel, parse_config, routes
-from trace_ray.testing import tiny_adapter, tiny_model
-
-ENGINE = EngineConfig(dtype="float32", max_model_len=256, max_loras=2, max_lora_rank=8)
-OLD, NEW = "support@2026.1-aaaaaaaa", "support@2026.2-bbbbbbbb"
-
-
-def _model(base: Path, old: Path, new: Path, champion: str = OLD) -> ServedModel:
-    adapters = [
-        ServedAdapter(
-            id=name,
-            path=str(path),
-            sha256=adapter_sha256(path),
-            aliases=["champion"] if name == champion else ["challenger"],
-        )
-        for name, path in ((OLD, old), (NEW, new))
-    ]
-    return ServedModel(name="support", base=str(base), adapters=adapters)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    folder = tmp_path_factory.mktemp("serve")
-    base = tiny_model(folder / "base", "llama", seed=1)
-    old = tiny_adapter(folder / "old", base, seed=2)
-    new = tiny_adapter(folder / "new", base, seed=3)
-    return ServeConfig(models=[_model(base, old, new)], engine=ENGINE)
-
-
-@pytest.fixture(scope="module")
-def url(config: ServeConfig) -> Iterator[str]:
-    from trace_ray.serve import app
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        app.start(config, port=port)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        app.stop()
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+from trace_ray.serve.config import ServeConfig, parse_config, routes
 
 
 def _first_logprob(client: openai.OpenAI, model: str) -> tuple[str, float]:
@@ -79,19 +32,9 @@ def _first_logprob(client: openai.OpenAI, model: str) -> tuple[str, float]:
     return answer.choices[0].message.content or "", content[0].logprob  # type: ignore[index]
 
 
-def _post(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", body, {"content-type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
 def test_names(config: ServeConfig) -> None:
-    table = {name: route.adapter_id for name, route in routes(config).items()}
+    served = routes(config.model_copy(update={"models": config.models[:1]}))
+    table = {name: route.adapter_id for name, route in served.items()}
     assert table == {
         "support": OLD,
         "support@base": None,
@@ -212,8 +155,8 @@ def test_unknown_model_is_404(client: openai.OpenAI) -> None:
         b'{"model": "support", "messages": [{"content": "x"}], "stream": true}',
     ],
 )
-def test_malformed_body_is_400_in_openai_form(url: str, body: bytes) -> None:
-    status, answer = _post(url, body)
+def test_malformed_body_is_400_in_openai_form(post: Post, body: bytes) -> None:
+    status, answer, _ = post("chat/completions", body)
     assert status == 400, answer
     assert answer["error"]["message"]
     assert answer["error"]["code"] == 400
@@ -228,10 +171,12 @@ def test_moving_an_alias_restarts_nothing(
 
     model = config.models[0]
     paths = [Path(adapter.path) for adapter in model.adapters]
-    moved = _model(Path(model.base), paths[0], paths[1], champion=NEW)
+    moved = support(Path(model.base), paths[0], paths[1], champion=NEW)
     engine = serve.get_deployment_handle("engine-0", APP_NAME)
     pid = engine.ping.remote().result()
     new = _first_logprob(client, NEW)
-    serve.run(build_app(config.model_copy(update={"models": [moved]})), name=APP_NAME)
+    serve.run(
+        build_app(config.model_copy(update={"models": [moved, *config.models[1:]]})), name=APP_NAME
+    )
     assert _first_logprob(client, "support")[1] == pytest.approx(new[1], abs=1e-3)
     assert engine.ping.remote().result() == pid

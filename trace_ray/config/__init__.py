@@ -19,6 +19,7 @@ from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
 from trace_ray.config.rollout import RolloutSection
 from trace_ray.config.sections import EngineConfig, Resources, RetriesConfig, Section
+from trace_ray.config.serve import ServeSection
 from trace_ray.core.objectives import CORRECTED, MAX_SMOOTHING, Objective
 from trace_ray.errors import ConfigError, problems
 
@@ -240,6 +241,7 @@ class FleetConfig(Section):
     parallel: int | None = Field(default=None, ge=1)
     """Models realigned at once, the largest first; null = all, as the cluster has room."""
     rollout: RolloutSection = RolloutSection()
+    serve: ServeSection = ServeSection()
     storage: str = ".trace-ray"
     tracking: TrackingConfig = TrackingConfig()
 
@@ -376,6 +378,7 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
             "judge": judge,
             "oracle": oracle,
             "evaluation": evaluation,
+            "serve": config.serve.with_paths(at),
             "storage": storage,
         }
     )
@@ -392,6 +395,7 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
         "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
         "evaluation.must_comply": evaluation.must_comply if evaluation else None,
     }
+    files |= config.serve.files()
     files |= _judge_files(judge, "judge") if judge else {}
     return {field: value for field, value in files.items() if value is not None}
 

@@ -25,7 +25,7 @@ from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.runtime.store import Store
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, Prompt, content_digest
 
-NOT_ASKED = {"storage", "retries", "parallel", "rollout"}
+NOT_ASKED = {"storage", "retries", "parallel", "rollout", "serve"}
 """Sections of the config that don't change what a run makes."""
 
 

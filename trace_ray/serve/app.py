@@ -1,161 +1,42 @@
-"""The endpoint: one ingress in OpenAI form, routing by model name to one engine per base model.
+"""The application: one ingress, one engine per base model; and how it is started and stopped.
 
 serve run serve_config.yaml        # import_path: trace_ray.serve.app:build
 """
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
-import json
 import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from trace_ray.errors import ServeError
 from trace_ray.models.engine import engine_env
-from trace_ray.serve.config import Route, ServeConfig, parse_config, routes
+from trace_ray.serve.config import ServeConfig, compliance_table, parse_config, routes
 from trace_ray.serve.fleet import serve_config
-from trace_ray.serve.replica import BASE_NAME, EngineReplica, check_digest
+from trace_ray.serve.ingress import Ingress
+from trace_ray.serve.keys import Keys
+from trace_ray.serve.replica import EngineReplica, check_digest
 from trace_ray.types import content_digest
 
 APP_NAME = "trace-ray"
-ADAPTER_HEADER = "x-trace-ray-adapter"
 MAX_ONGOING_REQUESTS = 512
-
-api = FastAPI(title="trace-ray")
-
-
-def _error(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
-    """Return an error in OpenAI's form."""
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return JSONResponse({"error": error}, status_code=status)
-
-
-async def _texts(parts: Any) -> AsyncIterator[str]:
-    async for part in parts:
-        yield part
-
-
-@api.exception_handler(404)
-async def _no_such_path(request: Request, _: Exception) -> JSONResponse:
-    return _error(404, f"no such path: {request.url.path}", "NotFoundError")
-
-
-@serve.deployment(name="ingress")
-@serve.ingress(api)
-class Ingress:
-    """Routes a request to the engine and adapter that its ``model`` names."""
-
-    def __init__(self, engines: dict[str, DeploymentHandle]) -> None:
-        """Take one handle per base directory; the names come with ``reconfigure``."""
-        self._engines = engines
-        self._routes: dict[str, Route] = {}
-        self._since = int(time.time())
-
-    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Replace the table of names: a new default or alias takes effect with the next request."""
-        table = [Route.model_validate(route) for route in user_config["routes"]]
-        self._routes = {route.name: route for route in table}
-
-    @api.get("/v1/models")
-    async def models(self) -> JSONResponse:
-        """List every name that is answered to."""
-        return JSONResponse(
-            {"object": "list", "data": [self._card(route) for route in self._routes.values()]}
-        )
-
-    @api.get("/v1/models/{name}")
-    async def model(self, name: str) -> JSONResponse:
-        """Describe one name."""
-        route = self._routes.get(name)
-        return self._unknown(name) if route is None else JSONResponse(self._card(route))
-
-    @api.get("/healthz")
-    async def healthz(self) -> JSONResponse:
-        """Answer 200 while every engine lives."""
-        try:
-            pings = [engine.ping.remote() for engine in self._engines.values()]
-            async with asyncio.timeout(10):
-                ready = all([await ping for ping in pings])
-        except Exception as error:
-            return _error(503, f"an engine doesn't answer: {error}", "ServiceUnavailableError")
-        status = "ok" if ready else "starting"
-        return JSONResponse({"status": status}, status_code=200 if ready else 503)
-
-    @api.post("/v1/chat/completions")
-    async def chat(self, request: Request) -> Response:
-        """Answer a conversation, whole or as server-sent events."""
-        return await self._answer("chat", request)
-
-    @api.post("/v1/completions")
-    async def completions(self, request: Request) -> Response:
-        """Continue a text, whole or as server-sent events."""
-        return await self._answer("completion", request)
-
-    async def _answer(self, kind: str, request: Request) -> Response:
-        try:
-            body = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            return _error(400, f"the body is not JSON: {error}", "BadRequestError")
-        if not isinstance(body, dict):
-            return _error(400, "the body must be a JSON object", "BadRequestError")
-        name = body.get("model")
-        if not isinstance(name, str) or not name:
-            return _error(400, "'model' must name a model", "BadRequestError", "model")
-        route = self._routes.get(name)
-        if route is None:
-            return self._unknown(name)
-        engine = self._engines[route.base].options(stream=True)
-        parts: Any = engine.complete.remote(kind, body, name, route.adapter_id)
-        status, streaming = await anext(parts)
-        headers = {ADAPTER_HEADER: route.adapter_id or BASE_NAME}
-        if streaming:
-            return StreamingResponse(_texts(parts), status, headers, "text/event-stream")
-        text = "".join([part async for part in parts])
-        return Response(text, status, headers, "application/json")
-
-    def _unknown(self, name: str) -> JSONResponse:
-        known = ", ".join(self._routes)
-        message = f"The model `{name}` does not exist. Known: {known}"
-        return _error(404, message, "NotFoundError", "model")
-
-    def _card(self, route: Route) -> dict[str, Any]:
-        return {
-            "id": route.name,
-            "object": "model",
-            "created": self._since,
-            "owned_by": "trace-ray",
-            "root": route.adapter_id or route.base,
-            "parent": route.base if route.adapter_id else None,
-        }
 
 
 def build_app(config: ServeConfig) -> serve.Application:
     """Return the Ray Serve application: one engine deployment per distinct base, one ingress.
 
     Raises:
+        ConfigError: a policy file or the file of keys.
         ServeError: an adapter on this machine is not the one its digest names.
     """
-    adapters: dict[str, list[dict[str, Any]]] = {}
-    templates: dict[str, str | None] = {}
-    for model in config.models:
-        base = os.path.abspath(model.base)
-        templates[base] = model.chat_template
-        rows = adapters.setdefault(base, [])
-        for adapter in model.adapters:
-            check_digest(adapter.id, adapter.path, adapter.sha256)
-            path = os.path.abspath(adapter.path)
-            rows.append({"id": adapter.id, "path": path, "sha256": adapter.sha256})
+    adapters, templates = _adapters(config)
     environment = engine_env(config.num_cpus, config.engine.kv_cache_gb)
     actor = {
         "num_cpus": config.num_cpus,
@@ -164,7 +45,7 @@ def build_app(config: ServeConfig) -> serve.Application:
     }
     engines = {}
     for index, (base, rows) in enumerate(adapters.items()):
-        arguments = (base, templates[base], config.engine.model_dump())
+        arguments = (base, templates.get(base), config.engine.model_dump())
         deployment = serve.deployment(EngineReplica).options(  # pyright: ignore[reportFunctionMemberAccess]
             name=f"engine-{index}",
             num_replicas=config.replicas,
@@ -173,13 +54,62 @@ def build_app(config: ServeConfig) -> serve.Application:
             ray_actor_options=actor,
         )
         engines[base] = _fixed_version(deployment, [arguments, actor]).bind(*arguments)
-    table = [route.model_dump() for route in routes(config).values()]
     ingress = Ingress.options(
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        user_config={"routes": table},
+        user_config=_tables(config),
         ray_actor_options={"num_cpus": 0},
     )
     return _fixed_version(ingress, list(engines)).bind(engines)
+
+
+def _adapters(
+    config: ServeConfig,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str | None]]:
+    """Return by base directory the adapters, those of judges among them, and the chat template."""
+    adapters: dict[str, list[dict[str, Any]]] = {}
+    templates: dict[str, str | None] = {}
+
+    def add(base: str, name: str, path: str, sha256: str) -> None:
+        check_digest(name, path, sha256)
+        row = {"id": name, "path": os.path.abspath(path), "sha256": sha256}
+        if row not in adapters[base]:
+            adapters[base].append(row)
+
+    for model in config.models:
+        base = os.path.abspath(model.base)
+        templates[base] = model.chat_template
+        adapters.setdefault(base, [])
+        for adapter in model.adapters:
+            add(base, adapter.id, adapter.path, adapter.sha256)
+        judge = model.compliance.judge if model.compliance else None
+        if judge is not None:
+            adapters.setdefault(os.path.abspath(judge.base), [])
+            if judge.path is not None and judge.sha256 is not None:
+                add(os.path.abspath(judge.base), judge.id, judge.path, judge.sha256)
+    return adapters, templates
+
+
+def _tables(config: ServeConfig) -> dict[str, Any]:
+    """Return the ingress's user config, as JSON values.
+
+    Raises:
+        ConfigError: a policy file or the file of keys.
+    """
+    Keys(config.keys)
+    folder = config.records_folder
+    return {
+        "routes": [route.model_dump() for route in routes(config).values()],
+        "compliance": {
+            model.name: compliance_table(model.compliance).model_dump(mode="json")
+            for model in config.models
+            if model.compliance is not None
+        },
+        "limits": config.limits.model_dump(mode="json"),
+        "keys": os.path.abspath(config.keys) if config.keys else None,
+        "records": config.records.model_dump(mode="json"),
+        "records_folder": os.path.abspath(folder) if folder else None,
+        "max_model_len": config.engine.max_model_len,
+    }
 
 
 def _fixed_version(deployment: Any, content: Any) -> Any:
@@ -223,7 +153,9 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_resources(config: ServeConfig) -> None:
-    bases = len({os.path.abspath(model.base) for model in config.models})
+    judges = [model.compliance.judge for model in config.models if model.compliance]
+    served = [*config.models, *filter(None, judges)]
+    bases = len({os.path.abspath(each.base) for each in served})
     cluster = ray.cluster_resources()
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
         wanted = bases * config.replicas * each
@@ -274,6 +206,7 @@ def run_blocking(config: ServeConfig, host: str = "127.0.0.1", port: int = 8000)
         ConfigError: the config names what doesn't exist.
         ServeError: the port is taken, resources lack, or an engine doesn't start.
     """
+    check_port(host, port)  # before anything is started, so that nothing has to be stopped
     ends = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, _interrupt) for number in ends}
     try:

@@ -10,7 +10,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from trace_ray.config import EngineConfig, Section, validation_problems
+from trace_ray.config.judge import TierName
+from trace_ray.config.serve import ComplianceSettings, Limits, Records
+from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, problems
+from trace_ray.rollout.plan import load_policy
 
 DEFAULT_ALIAS = "champion"
 """The bare model name means the adapter with this alias, where there is one."""
@@ -29,6 +33,41 @@ class ServedAdapter(Section):
     """Names that may move to another adapter: ``<model>@<alias>``."""
 
 
+class ServedJudge(Section):
+    """A judge on an engine that serves: a LoRA adapter, or the base model itself."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]*$")
+    base: str
+    """Local directory of its base model; that of a served model shares its engine."""
+    path: str | None = None
+    """Directory of its adapter; null = the base model judges."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Of the adapter; checked before it is loaded."""
+    threshold: float = 0.5
+    """Violates at p_violate >= threshold. There is no abstain band: nobody waits for a person."""
+    granularity: Literal["policy", "clause"] = "policy"
+    """As it was fitted: one question a reply, or one per clause that applies."""
+    tiers: dict[TierName, int] = Field(default_factory=dict)
+    """By clause: as ``judge.tiers`` of a fleet config."""
+
+    @model_validator(mode="after")
+    def _adapter_has_its_digest(self) -> ServedJudge:
+        if (self.path is None) != (self.sha256 is None):
+            raise ValueError("an adapter needs both 'path' and 'sha256'")
+        return self
+
+
+class Compliance(ComplianceSettings):
+    """What a served model's replies must keep to, and who says so."""
+
+    policy: str
+    """Policy file."""
+    shadow_policy: str | None = None
+    """Another policy file: judged beside the enforced one; its verdicts only count."""
+    judge: ServedJudge | None = None
+    """Asked where the clauses' checks don't settle it; null = the checks alone."""
+
+
 class ServedModel(Section):
     """A base model and its adapters under one public name."""
 
@@ -41,6 +80,8 @@ class ServedModel(Section):
     """Oldest first."""
     default: str = DEFAULT_ALIAS
     """Alias, or ``base``, that the bare name means; without that alias, the newest adapter."""
+    compliance: Compliance | None = None
+    """null = its replies are not judged."""
 
     @model_validator(mode="after")
     def _names_are_sound(self) -> ServedModel:
@@ -67,6 +108,13 @@ class ServeConfig(Section):
     """GPUs per engine."""
     replicas: int = Field(default=1, ge=1)
     """Engines per base, side by side."""
+    keys: str | None = None
+    """File of ``trace-ray keys``; null = no key is asked for."""
+    limits: Limits = Limits()
+    records: Records = Records()
+    """What is kept of each decision."""
+    records_folder: str | None = None
+    """Where; null = nothing is recorded."""
 
     @model_validator(mode="after")
     def _models_agree(self) -> ServeConfig:
@@ -90,6 +138,44 @@ class Route(Section):
     adapter_id: str | None = None
     """None is the base model itself."""
     kind: Literal["base", "adapter"] = "base"
+    model: str = ""
+    """The served model it belongs to."""
+
+
+class ComplianceTable(Section):
+    """A model's compliance as the ingress takes it: files read, ready to be sent to another node."""
+
+    settings: ComplianceSettings
+    policy: dict[str, Any]
+    shadow_policy: dict[str, Any] | None = None
+    judge: ServedJudge | None = None
+
+
+def compliance_table(compliance: Compliance) -> ComplianceTable:
+    """Read a compliance section's policies.
+
+    Raises:
+        ConfigError: a policy file; or no clause has checks and there is no judge.
+    """
+    policy = load_policy(compliance.policy)
+    if compliance.judge is None and not policy.rules.checked:
+        raise ConfigError(
+            f"{compliance.policy}: no clause has checks: nothing can be judged without a judge"
+        )
+    shadow, judge = compliance.shadow_policy, compliance.judge
+    if judge is not None:
+        judge = judge.model_copy(update={"base": os.path.abspath(judge.base)})
+    settings = compliance.model_dump(include=set(ComplianceSettings.model_fields))
+    return ComplianceTable(
+        settings=ComplianceSettings.model_validate(settings),
+        policy=_content(policy),
+        shadow_policy=_content(load_policy(shadow)) if shadow else None,
+        judge=judge,
+    )
+
+
+def _content(policy: Policy) -> dict[str, Any]:
+    return policy.model_dump(mode="json", exclude_defaults=True)
 
 
 def parse_config(args: Mapping[str, Any] | ServeConfig) -> ServeConfig:
@@ -130,9 +216,9 @@ def routes(config: ServeConfig) -> dict[str, Route]:
     for model in config.models:
         base = os.path.abspath(model.base)
 
-        def add(name: str, adapter_id: str | None, base: str = base) -> None:
+        def add(name: str, adapter_id: str | None, base: str = base, of: str = model.name) -> None:
             kind: Literal["base", "adapter"] = "base" if adapter_id is None else "adapter"
-            table[name] = Route(name=name, base=base, adapter_id=adapter_id, kind=kind)
+            table[name] = Route(name=name, base=base, adapter_id=adapter_id, kind=kind, model=of)
 
         add(model.name, _default_adapter(model))
         add(f"{model.name}@base", None)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from trace_ray.config import FleetConfig, ModelConfig, load_config
-from trace_ray.errors import ServeError
+from trace_ray.config.serve import Records
+from trace_ray.errors import ConfigError, ServeError
+from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.references import resolve_model
-from trace_ray.rollout.plan import open_registry
+from trace_ray.rollout.judging import open_judge
+from trace_ray.rollout.plan import open_registry, read_inputs
 from trace_ray.rollout.promotion import Rollouts
+from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import Store
-from trace_ray.serve.config import ServeConfig, ServedAdapter, ServedModel
+from trace_ray.serve.config import (
+    Compliance,
+    ServeConfig,
+    ServedAdapter,
+    ServedJudge,
+    ServedModel,
+)
+from trace_ray.serve.records import FOLDER
 
 
 def serve_config(path: str) -> ServeConfig:
@@ -25,11 +38,16 @@ def serve_config(path: str) -> ServeConfig:
     config = load_config(path)
     Rollouts(path).finish()  # nobody serves a fleet that was promoted in part
     registry = open_registry(config)
-    models = [_served(config, model, registry) for model in config.models]
+    compliance = _compliance(path, config)
+    models = [_served(config, model, registry, compliance) for model in config.models]
     if not any(model.adapters for model in models):
         raise ServeError(f"{path}: no model is registered yet: run trace-ray apply {path} first")
-    first = config.models[0]
+    first, records = config.models[0], config.serve.records
     return ServeConfig(
+        keys=config.serve.keys,
+        limits=config.serve.limits,
+        records=records or Records(),
+        records_folder=None if records is None else str(Path(config.storage, FOLDER)),
         models=models,
         engine=first.engine,
         num_cpus=first.resources.num_cpus,
@@ -37,7 +55,49 @@ def serve_config(path: str) -> ServeConfig:
     )
 
 
-def _served(config: FleetConfig, model: ModelConfig, registry: Registry) -> ServedModel:
+def _compliance(path: str, config: FleetConfig) -> Compliance | None:
+    """Return the fleet's policy and, where a model of ours judges, that judge as it was fitted.
+
+    Raises:
+        ConfigError: the judge of the config can't be served.
+    """
+    if config.serve.compliance is None:
+        return None
+    judge = None
+    if config.judge is not None and config.judge.kind != "rules":
+        judge = _served_judge(open_judge(read_inputs(path)))
+    return Compliance(
+        **config.serve.compliance.model_dump(),
+        policy=config.policy,
+        shadow_policy=config.serve.shadow_policy,
+        judge=judge,
+    )
+
+
+def _served_judge(spec: JudgeSpec) -> ServedJudge | None:
+    """Return the judge, or the member of a cascade, that is a model in an engine of ours."""
+    if spec.kind == "cascade":
+        members = [member for member in spec.members if member.kind == "vllm"]
+        return _served_judge(members[0]) if members else None
+    if spec.kind == "rules":
+        return None
+    if spec.kind != "vllm":
+        raise ConfigError(f"judge kind {spec.kind} can't judge what is served: use vllm or rules")
+    adapter = spec.adapter_dir
+    return ServedJudge(
+        id=spec.judge_id,
+        base=spec.model_dir,
+        path=adapter,
+        sha256=adapter_sha256(Path(adapter)) if adapter else None,
+        threshold=spec.threshold,
+        granularity=spec.config.granularity,
+        tiers=spec.config.tiers,
+    )
+
+
+def _served(
+    config: FleetConfig, model: ModelConfig, registry: Registry, compliance: Compliance | None
+) -> ServedModel:
     store = Store(config.storage)
     source = resolve_model(model.base, model.revision, store.models)
     versions = [
@@ -63,4 +123,5 @@ def _served(config: FleetConfig, model: ModelConfig, registry: Registry) -> Serv
         base=source.path,
         chat_template=template if isinstance(template, str) else None,
         adapters=adapters,
+        compliance=compliance,
     )

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ray.util.metrics import Counter
 
 from trace_ray.config import EngineConfig
 from trace_ray.errors import ModelError, ServeError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.device import has_gpu
 from trace_ray.models.engine import engine_kwargs
+from trace_ray.types import Prompt, prompt_from_rows
 
 BASE_NAME = "base"
 """Name of the base model inside its engine."""
@@ -68,6 +73,11 @@ class EngineReplica:
         self._lock = asyncio.Lock()
         self._engine: Any = None
         self._state: Any = None
+        self._tokenizer: Any = None
+        self._verdict_ids: tuple[int, int] | None = None
+        self._loads = Counter(
+            "trace_ray_adapter_loads", "Adapters loaded and forgotten", tag_keys=("adapter", "act")
+        )
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Load the adapters named in ``user_config`` and forget all others, without a restart.
@@ -119,8 +129,10 @@ class EngineReplica:
             answer = await models.load_lora_adapter(request)
             if isinstance(answer, ErrorResponse):
                 raise ServeError(f"adapter {adapter_id}: {answer.error.message}")
+            self._loads.inc(tags={"adapter": adapter_id, "act": "load"})
         for adapter_id in [name for name in models.lora_requests if name not in wanted]:
             await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
+            self._loads.inc(tags={"adapter": adapter_id, "act": "forget"})
 
     async def check_health(self) -> None:
         """Raise when the engine is dead, so that Serve replaces this replica."""
@@ -172,6 +184,57 @@ class EngineReplica:
         handler = self._state.openai_serving_completion
         return await handler.create_completion(CompletionRequest(**body))
 
+    async def judge(
+        self, adapter_id: str | None, questions: list[list[dict[str, str]]]
+    ) -> list[float | str]:
+        """Return the probability of ``Yes`` against ``No`` after each question.
+
+        Args:
+            adapter_id: The judge's adapter; None is the base model.
+            questions: Conversations, as message rows; those of one policy share a cached prefix.
+
+        Returns:
+            p in [0, 1] per question, or why there is none.
+        """
+        prompts = [prompt_from_rows(question) for question in questions]
+        return list(await asyncio.gather(*(self._asked(adapter_id, p) for p in prompts)))
+
+    async def _asked(self, adapter_id: str | None, prompt: Prompt) -> float | str:
+        from vllm import SamplingParams
+
+        from trace_ray.models.chat import encode_prompt
+
+        try:
+            yes, no = self._yes_no()
+            ids = encode_prompt(self._tokenizer, prompt)
+        except ModelError as error:
+            return str(error)
+        if not 0 < len(ids) < self._config.max_model_len:
+            return f"longer than the judge's {self._config.max_model_len} tokens"
+        params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=[yes, no])
+        adapters = self._state.openai_serving_models.lora_requests
+        lora = None if adapter_id is None else adapters[adapter_id]
+        answers = self._engine.generate(
+            {"prompt_token_ids": ids}, params, f"judge-{uuid.uuid4().hex}", lora_request=lora
+        )
+        output: Any = None
+        async for answer in answers:
+            output = answer
+        logprobs = output.outputs[0].logprobs[0]
+        p = 1 / (1 + math.exp(min(logprobs[no].logprob - logprobs[yes].logprob, 700.0)))
+        return "the judge gave no probability" if math.isnan(p) else p
+
+    def _yes_no(self) -> tuple[int, int]:
+        if self._verdict_ids is None:
+            from trace_ray.core.judge_prompt import NO, YES
+            from trace_ray.models.families import load_tokenizer
+            from trace_ray.models.judge_adapter import verdict_token
+
+            self._tokenizer = load_tokenizer(self._base)
+            yes, no = (verdict_token(self._tokenizer, word) for word in (YES, NO))
+            self._verdict_ids = yes, no
+        return self._verdict_ids
+
     def __del__(self) -> None:
         """Stop the engine's process with the replica."""
         engine = getattr(self, "_engine", None)
@@ -179,11 +242,18 @@ class EngineReplica:
             engine.shutdown()
 
 
+_MISSHAPEN = (LookupError, AttributeError, AssertionError, NotImplementedError, RecursionError)
+"""What vLLM raises on the parts of a request whose shape its own types leave open (tools, arguments of
+the chat template); what its engine raises is of other kinds."""
+
+
 def _error(error: Exception) -> Any:
     """Turn what vLLM or pydantic raised into vLLM's OpenAI-form error."""
     from pydantic import ValidationError
     from vllm.entrypoints.serve import create_error_response
 
+    if isinstance(error, _MISSHAPEN):
+        return create_error_response(f"the request can't be read ({type(error).__name__}: {error})")
     if isinstance(error, ValidationError):
         lines = [
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"

@@ -1,0 +1,207 @@
+"""Keys, roles, rates, hostile bodies and metrics, over HTTP on the shared endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ray import serve
+from served_models import MESSAGE, Post
+
+from trace_ray.config.serve import Limits
+from trace_ray.serve.config import ServeConfig
+from trace_ray.serve.keys import Role, add_key, revoke_key
+
+CASES = int(os.environ.get("TRACE_RAY_FUZZ_CASES", "200"))
+SECRET = "the prompt nobody may log"
+HELLO = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 1}
+
+
+def _apply(config: ServeConfig) -> None:
+    from trace_ray.serve.app import APP_NAME, build_app
+
+    serve.run(build_app(config), name=APP_NAME)
+
+
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+ANY = st.recursive(
+    SCALAR,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+NAMES = ["support", "noted", "guarded", "judged", "late", "watched", "nobody"]
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "system", "assistant", "tool", "developer"]) | ANY},
+        optional={"content": st.text(max_size=40) | ANY, "name": ANY, "tool_calls": ANY},
+    ),
+    max_size=3,
+)
+FIELDS = {
+    "messages": MESSAGES | ANY,
+    "prompt": st.text(max_size=40) | st.lists(st.integers(-5, 400), max_size=4) | ANY,
+    "response": ANY,
+    "request_id": ANY,
+    "n": st.integers(-2, 12) | ANY,
+    "temperature": st.floats(-1, 3) | ANY,
+    "top_p": st.floats(-1, 2) | ANY,
+    "top_k": ANY,
+    "seed": ANY,
+    "stop": ANY,
+    "stream_options": ANY,
+    "logprobs": ANY,
+    "top_logprobs": ANY,
+    "logit_bias": ANY,
+    "response_format": ANY,
+    "tools": ANY,
+    "tool_choice": ANY,
+    "echo": ANY,
+    "best_of": ANY,
+    "compliance": st.sampled_from(["off", "annotate", "block"]) | ANY,
+    "prompt_logprobs": ANY,
+    "presence_penalty": ANY,
+    "add_generation_prompt": ANY,
+    "chat_template_kwargs": ANY,
+    "user": ANY,
+}
+SOUND = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "prompt": "hi",
+    "response": "Hello.",
+    "request_id": "none",
+    "max_tokens": 1,
+}
+FIELDS["max_tokens"] = st.integers(-1, 3) | ANY
+FIELDS["model"] = ANY
+
+
+def _changed(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({name: FIELDS[name] for name in names})
+
+
+BODIES = st.builds(
+    lambda model, changes: SOUND | {"model": model} | changes,
+    st.sampled_from(NAMES),
+    st.lists(st.sampled_from(sorted(FIELDS)), max_size=3, unique=True).flatmap(_changed),
+)
+PATHS = st.sampled_from(["chat/completions", "completions", "compliance/check", "compliance/edits"])
+
+
+@settings(
+    max_examples=CASES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(PATHS, BODIES.map(lambda body: json.dumps(body).encode()) | st.binary(max_size=60))
+def test_no_body_makes_it_fail(post: Post, path: str, raw: bytes) -> None:
+    status, answer, _ = post(path, raw)
+    assert status < 500, (path, raw, answer)
+    if status != 200:
+        assert answer["error"]["code"] == status
+
+
+def test_it_still_answers_and_logged_no_prompt(post: Post) -> None:
+    assert post("chat/completions", HELLO | {"model": "support"})[0] == 200
+    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")  # pyright: ignore
+    texts = [p.read_text(errors="replace") for p in logs.rglob("*") if p.is_file()]
+    assert any("chat/completions" in text for text in texts)
+    assert not any(SECRET in text for text in texts)
+
+
+def _metrics() -> str:
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_metrics_are_on_rays_endpoint(post: Post) -> None:
+    for model in ("noted", "late"):
+        assert post("chat/completions", HELLO | {"model": model})[0] == 200
+    wanted = [
+        "trace_ray_requests",
+        "trace_ray_ttft_s_bucket",
+        "trace_ray_tokens",
+        "trace_ray_verdicts",
+        "trace_ray_judge_s_bucket",
+        "trace_ray_judge_failures",
+        "trace_ray_acts",
+        "trace_ray_shadow_policy",
+        "trace_ray_adapter_loads",
+        "trace_ray_in_flight",
+    ]
+    for _ in range(60):
+        text = _metrics()
+        missing = [name for name in wanted if f"ray_{name}" not in text]
+        if not missing:
+            break
+        time.sleep(0.5)
+    assert not missing, missing
+    assert SECRET not in text
+    dashboard = (Path(__file__).parents[2] / "examples/grafana-dashboard.json").read_text()
+    panels: list[dict[str, Any]] = json.loads(dashboard)["panels"]
+    shown = {name for name in wanted if f"ray_{name}" in dashboard}
+    assert shown == set(wanted)
+    assert all(panel["targets"] for panel in panels)
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys.jsonl"
+
+
+@pytest.fixture(scope="module")
+def keys(url: str, config: ServeConfig, keys_file: Path) -> Iterator[dict[str, str]]:
+    """Turn the endpoint into one with keys and a rate, and back."""
+    made = {name: add_key(keys_file, name, Role(name))[0] for name in ("use", "admin")}
+    made["quick"] = add_key(keys_file, "quick", Role.USE)[0]
+    limits = Limits(requests_per_minute=6000, burst=3000)
+    _apply(config.model_copy(update={"keys": str(keys_file), "limits": limits}))
+    yield {name: f"Bearer {key}" for name, key in made.items()}
+    _apply(config)
+
+
+def test_a_key_is_needed_and_its_role_counts(
+    post: Post, keys: dict[str, str], keys_file: Path, url: str
+) -> None:
+    body = HELLO | {"model": "support"}
+    status, answer, _ = post("chat/completions", body)
+    assert (status, answer["error"]["type"]) == (401, "AuthenticationError")
+    assert post("chat/completions", body, {"authorization": "Bearer tr-00000000-x"})[0] == 401
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{url}/v1/models", timeout=60)
+    assert post("chat/completions", body, {"authorization": keys["use"]})[0] == 200
+    with urllib.request.urlopen(f"{url}/healthz", timeout=60) as healthy:
+        assert healthy.status == 200
+    laxer = {"model": "guarded", "compliance": "off", "max_tokens": 4}
+    trigger = {"messages": [{"role": "user", "content": "a trigger"}]}
+    for role, said in (("use", True), ("admin", False)):
+        _, answer, _ = post("chat/completions", laxer | trigger, {"authorization": keys[role]})
+        assert (answer["choices"][0]["message"]["content"] == MESSAGE) == said
+    revoke_key(keys_file, keys["quick"].split("-")[1])
+    assert post("chat/completions", body, {"authorization": keys["quick"]})[0] == 401
+
+
+def test_a_key_that_sends_too_fast_waits(
+    post: Post, keys: dict[str, str], config: ServeConfig, keys_file: Path
+) -> None:
+    limits = Limits(requests_per_minute=1, burst=2)
+    _apply(config.model_copy(update={"keys": str(keys_file), "limits": limits}))
+    body = {"model": "noted", "prompt": "x", "response": "y"}
+    found = [post("compliance/check", body, {"authorization": keys["use"]}) for _ in range(3)]
+    assert [status for status, _, _ in found] == [200, 200, 429]
+    assert 1 <= int(found[2][2]["retry-after"]) <= 60
+    assert post("compliance/check", body, {"authorization": keys["admin"]})[0] == 200

@@ -1,0 +1,373 @@
+"""The ingress: OpenAI's paths and our own, and the way to the engine that a name stands for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from trace_ray.config.serve import Limits, Mode, Records
+from trace_ray.serve.admission import Admission
+from trace_ray.serve.answers import Kind
+from trace_ray.serve.config import ComplianceTable, Route
+from trace_ray.serve.engines import Engines, events
+from trace_ray.serve.keys import KeyRecord, Role
+from trace_ray.serve.metrics import Metrics
+from trace_ray.serve.modes import effective_mode
+from trace_ray.serve.police import Police
+from trace_ray.serve.records import RecordWriter
+from trace_ray.serve.replica import BASE_NAME
+from trace_ray.serve.requests import (
+    RequestError,
+    chat_prompt,
+    check_limits,
+    error_row,
+    read_json,
+    take_mode,
+    text_prompts,
+)
+from trace_ray.serve.turn import Turn
+from trace_ray.types import Prompt
+
+ADAPTER_HEADER = "x-trace-ray-adapter"
+POLICY_HEADER = "x-trace-ray-policy"
+MODE_HEADER = "x-trace-ray-compliance"
+REQUEST_HEADER = "x-request-id"
+
+api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
+
+
+@api.exception_handler(HTTPException)
+async def _refused_by_path(request: Request, error: HTTPException) -> JSONResponse:
+    missing = error.status_code == 404
+    text = f"no such path: {request.url.path}" if missing else error.detail
+    row = error_row(error.status_code, text, "NotFoundError" if missing else "BadRequestError")
+    return JSONResponse(row, error.status_code, error.headers)
+
+
+@api.exception_handler(RequestError)
+async def _refused(request: Request, error: RequestError) -> JSONResponse:
+    del request
+    return JSONResponse(error.to_row(), error.status, error.headers)
+
+
+class HeldStream(StreamingResponse):
+    """A stream that gives back what it holds, also where the client leaves before it begins."""
+
+    def __init__(self, parts: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(parts, 200, headers, "text/event-stream")
+        self.held = ExitStack()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        with self.held:
+            await super().__call__(scope, receive, send)
+
+
+class Call(NamedTuple):
+    """A request that was let in."""
+
+    request: Request
+    key: KeyRecord | None
+    body: dict[str, Any]
+    route: Route
+
+    @property
+    def adapter(self) -> str:
+        """Who answers."""
+        return self.route.adapter_id or BASE_NAME
+
+
+@serve.deployment(name="ingress")
+@serve.ingress(api)
+class Ingress:
+    """Routes a request to the engine and adapter that its ``model`` names, and checks the reply."""
+
+    def __init__(self, engines: dict[str, DeploymentHandle]) -> None:
+        """Take one handle per base directory; the rest comes with ``reconfigure``."""
+        self._engines = Engines(engines)
+        self._routes: dict[str, Route] = {}
+        self._police: dict[str, Police] = {}
+        self._since = int(time.time())
+        self._metrics = Metrics()
+        self._records: RecordWriter | None = None
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Replace the tables: a new alias, mode, policy or limit takes effect with the next request."""
+        table = [Route.model_validate(route) for route in user_config["routes"]]
+        self._routes = {route.name: route for route in table}
+        self._police = {
+            name: Police(ComplianceTable.model_validate(row), self._engines.judge)
+            for name, row in user_config["compliance"].items()
+        }
+        self._door = Admission(Limits.model_validate(user_config["limits"]), user_config["keys"])
+        self._max_model_len: int = user_config["max_model_len"]
+        if self._records is not None:
+            self._records.rotate(close=True)
+        self._records = None
+        if (folder := user_config["records_folder"]) is not None:
+            settings = Records.model_validate(user_config["records"])
+            self._records = RecordWriter(folder, settings)
+
+    def check_health(self) -> None:
+        """Finish a file of records that is old; Serve calls this every few seconds."""
+        if self._records is not None:
+            self._records.rotate()
+
+    @api.get("/v1/models")
+    async def models(self, request: Request) -> JSONResponse:
+        """List every name that is answered to."""
+        self._door.key(request)
+        return JSONResponse(
+            {"object": "list", "data": [self._card(route) for route in self._routes.values()]}
+        )
+
+    @api.get("/v1/models/{name}")
+    async def model(self, name: str, request: Request) -> JSONResponse:
+        """Describe one name."""
+        self._door.key(request)
+        return JSONResponse(self._card(self._route(name)))
+
+    @api.get("/healthz")
+    async def healthz(self) -> JSONResponse:
+        """Answer 200 while every engine lives."""
+        try:
+            ready = await self._engines.alive()
+        except Exception as error:
+            message = f"an engine doesn't answer: {type(error).__name__}"
+            return JSONResponse(error_row(503, message, "ServiceUnavailableError"), 503)
+        status = "ok" if ready else "starting"
+        return JSONResponse({"status": status}, status_code=200 if ready else 503)
+
+    @api.get("/readyz")
+    async def readyz(self) -> JSONResponse:
+        """Answer 200 while requests are taken: every engine is up and there is room."""
+        if self._door.full:
+            return JSONResponse({"status": "busy"}, 503, {"retry-after": "1"})
+        return await self.healthz()
+
+    @api.post("/v1/chat/completions")
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, whole or as server-sent events."""
+        return await self._counted("chat/completions", request, self._chat)
+
+    @api.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        """Continue a text, whole or as server-sent events."""
+        return await self._counted("completions", request, self._completion)
+
+    @api.post("/v1/compliance/check")
+    async def check(self, request: Request) -> Response:
+        """Judge a reply that is given; nothing is generated."""
+        return await self._counted("compliance/check", request, self._check)
+
+    @api.post("/v1/compliance/edits")
+    async def edits(self, request: Request) -> Response:
+        """Record what a person would have answered, for the next realignment."""
+        return await self._counted("compliance/edits", request, self._edit)
+
+    async def _counted(
+        self, path: str, request: Request, answer: Callable[[Call], Awaitable[Response]]
+    ) -> Response:
+        """Let a request in, answer it, count it."""
+        started, model, status = time.monotonic(), "none", 500
+        try:
+            key = self._door.key(request)
+            with ExitStack() as held:
+                held.callback(self._show_in_flight)
+                held.enter_context(self._door.place(key))
+                self._show_in_flight()
+                body = read_json(await self._door.body(request))
+                route = self._named(body)
+                model = route.model
+                async with asyncio.timeout(self._door.limits.timeout_s):
+                    response = await answer(Call(request, key, body, route))
+                status = response.status_code
+                if isinstance(response, HeldStream):
+                    response.held.push(held.pop_all())
+                return response
+        except TimeoutError:
+            status = 504
+            raise RequestError(status, "the answer took too long", None, "TimeoutError") from None
+        except RequestError as error:
+            status = error.status
+            raise
+        finally:
+            self._metrics.answered(path, model, status, time.monotonic() - started)
+
+    def _show_in_flight(self) -> None:
+        self._metrics.in_flight(self._door.in_flight)
+
+    def _named(self, body: Mapping[str, Any]) -> Route:
+        name = body.get("model")
+        if not isinstance(name, str) or not name:
+            raise RequestError(400, "'model' must name a model", "model")
+        return self._route(name)
+
+    def _route(self, name: str) -> Route:
+        route = self._routes.get(name)
+        if route is None:
+            known = ", ".join(self._routes)
+            message = f"The model `{name[:200]}` does not exist. Known: {known}"
+            raise RequestError(404, message, "model", "NotFoundError")
+        return route
+
+    async def _chat(self, call: Call) -> Response:
+        return await self._answer("chat", call)
+
+    async def _completion(self, call: Call) -> Response:
+        return await self._answer("completion", call)
+
+    async def _answer(self, kind: Kind, call: Call) -> Response:
+        body, route = call.body, call.route
+        mode = self._mode(call)
+        check_limits(body, self._door.limits, self._max_model_len)
+        headers = {
+            ADAPTER_HEADER: call.adapter,
+            MODE_HEADER: mode,
+            REQUEST_HEADER: uuid.uuid4().hex,
+        }
+        turn = self._turn(kind, call, mode, headers[REQUEST_HEADER])
+        if turn is not None:
+            headers[POLICY_HEADER] = turn.policy
+        started = time.monotonic()
+        own_usage = body.get("stream") is True and "stream_options" not in body
+        sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
+        status, streaming, parts = await self._engines.begin(kind, sent, route)
+        if streaming:
+            seen = self._watch(route.model, started, hide_usage=own_usage)
+            stream = events(parts, started + self._door.limits.timeout_s, seen)
+            response = HeldStream(turn.streamed(stream) if turn else stream, headers)
+            response.held.callback(parts.cancel)
+            return response
+        text = "".join([part async for part in parts])
+        if turn is not None and status == 200:
+
+            async def again(body: dict[str, Any]) -> tuple[int, str]:
+                status, _, parts = await self._engines.begin(kind, body, route)
+                return status, "".join([part async for part in parts])
+
+            text = await turn.whole(text, again)
+        if status == 200:
+            self._metrics.tokens(route.model, json.loads(text).get("usage"))
+            self._metrics.first_text(route.model, time.monotonic() - started)
+        return Response(text, status, headers, "application/json")
+
+    def _mode(self, call: Call) -> Mode:
+        """Return the mode of a request.
+
+        Raises:
+            RequestError: 400: no such mode, or the model has no policy to check replies by.
+        """
+        asked = take_mode(call.body, call.request.headers.get(MODE_HEADER))
+        police = self._police.get(call.route.model)
+        admin = call.key is not None and call.key.role is Role.ADMIN
+        mode = effective_mode("off" if police is None else police.settings.mode, asked, admin)
+        if police is None and mode != "off":
+            message = f"model {call.route.model} is served without a policy: compliance must be off"
+            raise RequestError(400, message, "compliance")
+        return mode
+
+    def _turn(self, kind: Kind, call: Call, mode: Mode, request_id: str) -> Turn | None:
+        if mode == "off":
+            return None
+        return Turn(
+            kind=kind,
+            body=call.body,
+            model=call.route.model,
+            adapter=call.adapter,
+            mode=mode,
+            request_id=request_id,
+            police=self._police[call.route.model],
+            prompts=self._prompts(kind, call.body),
+            metrics=self._metrics,
+            records=self._records,
+        )
+
+    def _prompts(self, kind: Kind, body: Mapping[str, Any]) -> list[Prompt]:
+        return [chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body)
+
+    def _watch(
+        self, model: str, started: float, *, hide_usage: bool
+    ) -> Callable[[dict[str, Any] | None], bool]:
+        """Return what counts a stream's tokens and the time to its first event."""
+        first = True
+
+        def seen(row: dict[str, Any] | None) -> bool:
+            nonlocal first
+            if first:
+                self._metrics.first_text(model, time.monotonic() - started)
+                first = False
+            if row is None or row.get("choices") or not row.get("usage"):
+                return True
+            self._metrics.tokens(model, row["usage"])
+            return not hide_usage
+
+        return seen
+
+    async def _check(self, call: Call) -> Response:
+        """Judge ``{model, messages | prompt, response}``."""
+        police = self._police.get(call.route.model)
+        if police is None:
+            message = f"model {call.route.model} is served without a policy"
+            raise RequestError(400, message, "model")
+        body = call.body
+        prompt = self._prompts("chat", body) if "messages" in body else text_prompts(body)
+        reply = body.get("response")
+        if not isinstance(reply, str):
+            raise RequestError(400, "'response' must be a text", "response")
+        if len(prompt) != 1:
+            raise RequestError(400, "'prompt' must be one text", "prompt")
+        judged, shadow = await asyncio.gather(
+            police.judge(prompt[0], reply), police.judge_shadow(prompt[0], reply)
+        )
+        name = f"{police.policy.id} {police.policy.version}"
+        self._metrics.judged(call.route.model, name, judged)
+        row = {"model": call.route.name, "policy": name, **judged.public()}
+        row |= {"latency_s": round(judged.latency_s, 6)}
+        if shadow is not None and police.shadow is not None:
+            next_name = f"{police.shadow.id} {police.shadow.version}"
+            row["shadow"] = {"policy": next_name, **shadow.public()}
+        return JSONResponse(row)
+
+    async def _edit(self, call: Call) -> Response:
+        """Record ``{model, request_id, response[, index]}``."""
+        row = {"type": "edit", "time": round(time.time(), 3), "model": call.route.model}
+        request_id, reply = call.body.get("request_id"), call.body.get("response")
+        index = call.body.get("index", 0)
+        if not isinstance(request_id, str) or not isinstance(reply, str) or not reply.strip():
+            raise RequestError(400, "'request_id' and 'response' must be texts", "request_id")
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise RequestError(400, "'index' must be a whole number", "index")
+        if self._records is None or not self._records.keeps_texts:
+            raise RequestError(409, "this endpoint keeps no texts (records.texts)", None)
+        row |= {"request_id": request_id[:64], "index": index}
+        self._records.write(row, {"response": reply})
+        return JSONResponse({"recorded": True})
+
+    def __del__(self) -> None:
+        """Finish the file of records."""
+        records = getattr(self, "_records", None)
+        if records is not None:
+            records.rotate(close=True)
+
+    def _card(self, route: Route) -> dict[str, Any]:
+        return {
+            "id": route.name,
+            "object": "model",
+            "created": self._since,
+            "owned_by": "trace-ray",
+            "root": route.adapter_id or route.base,
+            "parent": route.base if route.adapter_id else None,
+        }

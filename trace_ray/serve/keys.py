@@ -1,0 +1,160 @@
+"""API keys: shown once, kept as digests, checked in constant time.
+
+A key is ``tr-<id>-<secret>`` with a secret of 256 random bits: nobody can guess it from its sha256, so
+that a slow hash would protect nothing more.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from trace_ray.errors import ConfigError
+
+
+class Role(StrEnum):
+    """What a key may do."""
+
+    USE = "use"
+    ADMIN = "admin"
+    """May also ask for a laxer compliance mode than a model's."""
+
+
+KEYS_ENV = "TRACE_RAY_KEYS"
+"""Environment variable: a keys file's content, in the place of the file."""
+_KEY = re.compile(r"tr-([0-9a-f]{8})-([A-Za-z0-9_-]{43})")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What is kept of a key."""
+
+    id: str
+    name: str
+    role: Role
+    sha256: str
+    created: str
+    """UTC, ISO 8601."""
+    revoked: str | None = None
+    """When it was revoked; None = it is valid."""
+
+
+def new_key(name: str, role: Role) -> tuple[str, KeyRecord]:
+    """Return a new key and its record; the key can't be had again."""
+    key_id = secrets.token_hex(4)
+    key = f"tr-{key_id}-{secrets.token_urlsafe(32)}"
+    return key, KeyRecord(key_id, name, role, _digest(key), _now())
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def parse_keys(text: str, source: str) -> dict[str, KeyRecord]:
+    """Return the records of a keys file by id.
+
+    Raises:
+        ConfigError: naming the file and the line.
+    """
+    records = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            record = KeyRecord(**row | {"role": Role(row["role"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{source}:{number}: is not a key's record: {error}") from None
+        if not re.fullmatch(r"[0-9a-f]{64}", str(record.sha256)):
+            raise ConfigError(f"{source}:{number}: sha256 must have 64 hex digits")
+        records[record.id] = record
+    return records
+
+
+class Keys:
+    """The keys of one endpoint, read again when their file has changed."""
+
+    def __init__(self, path: str | None) -> None:
+        """Take the file, or none: then the environment's ``TRACE_RAY_KEYS``, or no keys at all."""
+        self._path = Path(path) if path else None
+        self._seen: tuple[int, int] | None = None
+        self._records: dict[str, KeyRecord] = {}
+        self._read()
+
+    @property
+    def required(self) -> bool:
+        """Whether a request must bring a key."""
+        return self._path is not None or KEYS_ENV in os.environ
+
+    def find(self, authorization: str | None) -> KeyRecord | None:
+        """Return the valid key that an ``Authorization: Bearer`` header holds, or None."""
+        self._read()
+        scheme, _, key = (authorization or "").partition(" ")
+        match = _KEY.fullmatch(key.strip()) if scheme.lower() == "bearer" else None
+        record = self._records.get(match[1]) if match else None
+        if record is None or record.revoked is not None:
+            return None
+        return record if hmac.compare_digest(_digest(key.strip()), record.sha256) else None
+
+    def _read(self) -> None:
+        if self._path is None:
+            self._records = self._records or parse_keys(os.environ.get(KEYS_ENV, ""), KEYS_ENV)
+            return
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
+        state = (found.st_mtime_ns, found.st_size)
+        if state != self._seen:
+            self._records = parse_keys(self._path.read_text(encoding="utf-8"), str(self._path))
+            self._seen = state
+
+
+def read_keys(path: Path) -> dict[str, KeyRecord]:
+    """Return the records of a file by id; none where it doesn't exist."""
+    if not path.exists():
+        return {}
+    return parse_keys(path.read_text(encoding="utf-8"), str(path))
+
+
+def add_key(path: Path, name: str, role: Role) -> tuple[str, KeyRecord]:
+    """Add a new key to a file and return it with its record."""
+    key, record = new_key(name, role)
+    _write(path, {**read_keys(path), record.id: record})
+    return key, record
+
+
+def revoke_key(path: Path, key_id: str) -> KeyRecord:
+    """Revoke a key; endpoints that run see it with their next request.
+
+    Raises:
+        ConfigError: the file has no such key.
+    """
+    records = read_keys(path)
+    if key_id not in records:
+        raise ConfigError(f"{path}: has no key {key_id!r}")
+    records[key_id] = replace(records[key_id], revoked=records[key_id].revoked or _now())
+    _write(path, records)
+    return records[key_id]
+
+
+def _write(path: Path, records: dict[str, KeyRecord]) -> None:
+    rows: list[dict[str, Any]] = [asdict(record) for record in records.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.touch(mode=0o600)
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,187 @@
+"""Reading what a client sent: bytes to a sound request, or an error in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from trace_ray.config.serve import Limits, Mode
+from trace_ray.types import ROLES, Message, Prompt
+
+MAX_DEPTH = 64
+"""Levels of nesting a body may have."""
+COMPLIANCE_FIELD = "compliance"
+"""Body field, beside the header, that asks for a mode."""
+_COUNTS = ("max_tokens", "max_completion_tokens")
+
+
+class RequestError(Exception):
+    """A request that can't be answered, and why."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        kind: str = "BadRequestError",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.kind = status, message, param, kind
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
+        if self.retry_after_s is None:
+            return {}
+        return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the body of the answer."""
+        return error_row(self.status, self.message, self.kind, self.param)
+
+
+def error_row(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def read_json(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body.
+
+    Raises:
+        RequestError: 400: not UTF-8, not JSON, not an object, nested too deeply, half a surrogate
+            pair, or a number that is not finite or beyond 64 bits.
+    """
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise RequestError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    _check_values(body)
+    return body
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_values(body: dict[str, Any]) -> None:
+    """Walk the whole body without recursion."""
+    pending: list[tuple[Any, int]] = [(body, 1)]
+    while pending:
+        value, depth = pending.pop()
+        if isinstance(value, str):
+            _check_text(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(400, "a number is not finite")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise RequestError(400, "a number is beyond 64 bits")
+        elif isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise RequestError(400, f"the body is nested more than {MAX_DEPTH} levels deep")
+            items = [*value, *value.values()] if isinstance(value, dict) else value
+            pending += [(item, depth + 1) for item in items]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(400, "a text holds half a surrogate pair") from None
+
+
+def take_mode(body: dict[str, Any], header: str | None) -> Mode | None:
+    """Take the compliance mode a request asks for out of its body, or out of its header.
+
+    Raises:
+        RequestError: 400: no such mode.
+    """
+    asked = body.pop(COMPLIANCE_FIELD, None)
+    asked = header if asked is None else asked
+    for mode in get_args(Mode):
+        if asked == mode:
+            return mode
+    if asked is None:
+        return None
+    known = ", ".join(get_args(Mode))
+    raise RequestError(400, f"compliance must be one of {known}", COMPLIANCE_FIELD)
+
+
+def check_limits(body: Mapping[str, Any], limits: Limits, max_model_len: int) -> None:
+    """Refuse a request that asks for more than it may have; other wrong types are left to vLLM.
+
+    Raises:
+        RequestError: 400, naming the field.
+    """
+    most = min(limits.max_tokens or max_model_len, max_model_len)
+    for name in _COUNTS:
+        _at_most(body, name, most)
+    for name in ("n", "best_of"):
+        _at_most(body, name, limits.max_n)
+    prompts = body.get("prompt")
+    texts = [] if not isinstance(prompts, list) else [p for p in prompts if not isinstance(p, int)]
+    if len(texts) > limits.max_n:
+        raise RequestError(400, f"'prompt': at most {limits.max_n} prompts", "prompt")
+
+
+def _at_most(body: Mapping[str, Any], name: str, most: int) -> None:
+    value = body.get(name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise RequestError(400, f"{name!r} must be a whole number from 1 to {most}", name)
+
+
+def chat_prompt(messages: Any) -> Prompt:
+    """Return a request's messages as a conversation to judge; parts that are not text are left out.
+
+    Raises:
+        RequestError: 400: they are not messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(400, "'messages' must be a list of messages", "messages")
+    return tuple(_message(item) for item in messages)
+
+
+def _message(item: Any) -> Message:
+    if not isinstance(item, dict):
+        raise RequestError(400, "a message must be an object", "messages")
+    role = item.get("role")
+    if not isinstance(role, str):
+        raise RequestError(400, "a message must have a role", "messages")
+    shown = {"developer": "system"}.get(role, role)
+    return Message(shown if shown in ROLES else "user", content_text(item.get("content")))  # type: ignore[arg-type]
+
+
+def content_text(content: Any) -> str:
+    """Return the text of a message's content: text, or a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def text_prompts(body: Mapping[str, Any]) -> list[Prompt]:
+    """Return the prompts of a completion request, to judge their continuations.
+
+    Raises:
+        RequestError: 400: they are token ids, which can't be judged.
+    """
+    given = body.get("prompt")
+    given = given if isinstance(given, list) else [given]
+    texts = [text for text in given if isinstance(text, str)]
+    if not texts or len(texts) < len(given):
+        raise RequestError(
+            400, "compliance is checked on texts: 'prompt' must be a text or texts", "prompt"
+        )
+    return [(Message("user", text),) for text in texts]

@@ -1,0 +1,281 @@
+"""One request under its compliance mode: what goes out, what is annotated, what is recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trace_ray.config.serve import Mode
+from trace_ray.serve.answers import (
+    DONE,
+    Kind,
+    add_usage,
+    event_text,
+    read_event,
+    replaced_choice,
+    replaced_event,
+    reply_text,
+    retry_body,
+)
+from trace_ray.serve.metrics import Metrics
+from trace_ray.serve.modes import Act, act_on, sampled, withheld
+from trace_ray.serve.police import Judged, Police
+from trace_ray.serve.records import RecordWriter
+from trace_ray.serve.windows import Window
+from trace_ray.types import Label, Message, Prompt
+
+Complete = Callable[[dict[str, Any]], Awaitable[tuple[int, str]]]
+"""Sends a body to the engine: status and text of the whole answer."""
+
+_background: set[asyncio.Task[None]] = set()
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request to a model whose replies are judged."""
+
+    kind: Kind
+    body: dict[str, Any]
+    model: str
+    adapter: str
+    mode: Mode
+    request_id: str
+    police: Police
+    prompts: list[Prompt]
+    metrics: Metrics
+    records: RecordWriter | None = None
+    _judged: list[dict[str, Any]] = field(default_factory=list)
+
+    def prompt_of(self, index: int) -> Prompt:
+        """Return the prompt that a choice answers."""
+        n = self.body.get("n") or 1
+        return self.prompts[min(index // n, len(self.prompts) - 1)]
+
+    @property
+    def policy(self) -> str:
+        """Name of the enforced policy."""
+        return f"{self.police.policy.id} {self.police.policy.version}"
+
+    async def whole(self, text: str, complete: Complete) -> str:
+        """Return what goes out instead of a whole answer."""
+        answer = json.loads(text)
+        if self.mode == "shadow":
+            texts = [(c["index"], self._text(c)) for c in answer["choices"]]
+            self._judge_later(texts)
+            return text
+        settled = await asyncio.gather(
+            *(self._settle(choice, answer, complete) for choice in answer["choices"])
+        )
+        answer["choices"] = settled
+        return json.dumps(answer | {"compliance": self.summary()})
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the answer says of its own check."""
+        verdicts = sorted(self._judged, key=lambda row: row["index"])
+        return {"mode": self.mode, "policy": self.policy, "verdicts": verdicts}
+
+    def _text(self, choice: dict[str, Any]) -> str:
+        return reply_text(self.kind, choice, self.prompt_of(choice["index"]))
+
+    async def _settle(
+        self, choice: dict[str, Any], answer: dict[str, Any], complete: Complete
+    ) -> dict[str, Any]:
+        index, reply = choice["index"], self._text(choice)
+        prompt, settings = self.prompt_of(index), self.police.settings
+        judged = await self.police.judge(prompt, reply)
+        act, second = act_on(settings, self.mode, judged.verdict.label), None
+        if act is Act.REPLACED and settings.on_block == "retry" and self.kind == "chat":
+            second = await self._retry(judged, answer, complete)
+            act = Act.RETRIED if second is not None else act
+        retried = "" if second is None else self._text(second)
+        await self._decided(index, reply, judged, act, retried)
+        if second is not None:
+            return second | {"index": index}
+        return replaced_choice(self.kind, index, settings.message) if withheld(act) else choice
+
+    async def _retry(
+        self, judged: Judged, answer: dict[str, Any], complete: Complete
+    ) -> dict[str, Any] | None:
+        """Return a second answer that complies with the policy, or None."""
+        police, clause = self.police, judged.verdict.clause
+        body = retry_body(self.body, police.settings, police.policy, clause)
+        status, text = await complete(body)
+        if status != 200:
+            return None
+        again = json.loads(text)
+        add_usage(answer, again)
+        second = again["choices"][0]
+        verdict = (await police.judge(self.prompts[0], reply_text("chat", second))).verdict
+        return second if verdict.label is Label.COMPLIES else None
+
+    async def streamed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """Yield what goes out of a stream of events."""
+        if self.mode == "block":
+            async for event in self._guarded(events):
+                yield event
+            return
+        texts: dict[int, str] = {}
+        last: dict[str, Any] = {}
+        async for event in events:
+            row = read_event(event)
+            if event == DONE and self.mode == "annotate":
+                await asyncio.gather(*(self._note(index, text) for index, text in texts.items()))
+                yield event_text(last | {"choices": [], "compliance": self.summary()})
+            for choice in (row or {}).get("choices", ()):
+                index = choice["index"]
+                texts[index] = texts.get(index, "") + reply_text(self.kind, choice)
+            last = row if row is not None and "choices" in row else last
+            yield event
+        if self.mode == "shadow":
+            self._judge_later(list(texts.items()))
+
+    async def _note(self, index: int, reply: str) -> None:
+        judged = await self.police.judge(self.prompt_of(index), reply)
+        await self._decided(index, reply, judged, Act.PASSED)
+
+    async def _guarded(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """Let text out only once it was checked; end a choice that violates with the message."""
+        settings = self.police.settings
+        windows: dict[int, Window] = {}
+        closed: set[int] = set()
+        tail: list[str] = []
+        last: dict[str, Any] = {}
+        expected = (self.body.get("n") or 1) * len(self.prompts)
+        ends = True
+        async for event in events:
+            row = read_event(event)
+            if event == DONE:
+                break
+            if row is None or not row.get("choices"):
+                # An error goes out at once; the usage, whose place is the end, waits for it.
+                if row is not None and "error" not in row:
+                    tail.append(event)
+                else:
+                    yield event
+                continue
+            last = row
+            for choice in row["choices"]:
+                index = choice["index"]
+                if index in closed:
+                    continue
+                window = windows.setdefault(
+                    index, Window(settings.window_chars, settings.hold_back_chars)
+                )
+                window.add(reply_text(self.kind, choice), event_text(row | {"choices": [choice]}))
+                ends = choice.get("finish_reason") is not None
+                for out in await self._advance(index, window, row, ends=ends):
+                    yield out
+                if ends or self._is_decided(index):
+                    closed.add(index)
+            if len(closed) == expected and not ends:
+                # Cut short: whoever closes this stream stops the engine.
+                break
+        for out in tail:
+            yield out
+        yield event_text(last | {"choices": [], "compliance": self.summary()})
+        yield DONE
+
+    async def _advance(
+        self, index: int, window: Window, like: dict[str, Any], *, ends: bool
+    ) -> list[str]:
+        """Check a window where it is due or the reply's end has come; return what may go out."""
+        if not (ends or window.due):
+            return []
+        prompt, reply = self.prompt_of(index), window.text
+        if self.kind == "completion" and self.body.get("echo"):
+            reply = reply.removeprefix(prompt[-1].content)
+        if ends:
+            judged = await self.police.judge(prompt, reply)
+        else:
+            judged = await self.police.judge_beginning(prompt, reply)
+            self.metrics.asked(self.model, judged)
+        act = act_on(self.police.settings, "block", judged.verdict.label)
+        if not withheld(act):
+            if not ends:
+                return window.passed(len(window.text))
+            await self._decided(index, reply, judged, act)
+            return window.finished()
+        first = not window.started
+        await self._decided(index, reply, judged, act if first else Act.CUT)
+        message = self.police.settings.message
+        return [replaced_event(self.kind, index, message, like, first=first)]
+
+    def _is_decided(self, index: int) -> bool:
+        return any(row["index"] == index for row in self._judged)
+
+    def _judge_later(self, replies: list[tuple[int, str]]) -> None:
+        """Judge after the reply has gone out."""
+        if not sampled(self.request_id, self.police.settings.sample):
+            return
+
+        async def judge() -> None:
+            for index, reply in replies:
+                await self._note(index, reply)
+
+        task = asyncio.create_task(judge())
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+    async def _decided(
+        self, index: int, reply: str, judged: Judged, act: Act, retried: str = ""
+    ) -> None:
+        """Count and record what was decided on one reply."""
+        self._judged.append({"index": index, "acted": str(act), **judged.public()})
+        self.metrics.judged(self.model, self.policy, judged)
+        self.metrics.acted(self.model, act)
+        if self.police.shadow is None:
+            self._record(index, reply, judged, act, retried, None)
+            return
+
+        async def beside() -> None:
+            shadow = await self.police.judge_shadow(self.prompt_of(index), reply)
+            assert shadow is not None
+            next_policy = self.police.shadow
+            assert next_policy is not None
+            name = f"{next_policy.id} {next_policy.version}"
+            self.metrics.shadow(self.model, name, shadow, judged)
+            self._record(index, reply, judged, act, retried, {"policy": name, **shadow.public()})
+
+        task = asyncio.create_task(beside())
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+    def _record(
+        self,
+        index: int,
+        reply: str,
+        judged: Judged,
+        act: Act,
+        retried: str,
+        shadow: dict[str, Any] | None,
+    ) -> None:
+        if self.records is None:
+            return
+        row = {
+            "type": "decision",
+            "time": round(time.time(), 3),
+            "request_id": self.request_id,
+            "index": index,
+            "model": self.model,
+            "adapter": self.adapter,
+            "mode": self.mode,
+            "policy": self.policy,
+            "policy_digest": self.police.policy.digest,
+            **judged.public(),
+            "failure": judged.failure,
+            "acted": str(act),
+            "judge_s": round(judged.latency_s, 4),
+            "shadow": shadow,
+        }
+        prompt: list[Message] = list(self.prompt_of(index))
+        texts = {
+            "prompt": [turn.to_row() for turn in prompt],
+            "response": reply,
+            "retried": retried,
+            "reason": judged.verdict.reason,
+        }
+        self.records.write(row, texts)
