@@ -23,7 +23,13 @@ from trace_ray.rollout.lineage import SETS, keep_policy, set_digests
 from trace_ray.rollout.model_job import ModelJob
 from trace_ray.rollout.once import Triaged, read_pairs, triage_all
 from trace_ray.rollout.overlap import refuse_overlap
-from trace_ray.rollout.parallel import find_models, keep_result, kept_results, run_models
+from trace_ray.rollout.parallel import (
+    find_models,
+    is_live,
+    keep_result,
+    kept_results,
+    run_models,
+)
 from trace_ray.rollout.plan import Inputs, read_inputs
 from trace_ray.rollout.plan_file import Expected, digests, input_digests, is_plan, read_plan
 from trace_ray.rollout.review import REVIEW, write_review
@@ -98,7 +104,8 @@ def _run(
     import ray
 
     names = [model.name for model in models]
-    results = {k: v for k, v in kept_results(inputs).items() if k not in names}
+    kept = kept_results(inputs)
+    results = {k: v for k, v in kept.items() if k not in names}
     with connected():
         board = ray.remote(num_cpus=0)(Board).remote()
         fleet = Reporter(board, FLEET)
@@ -113,6 +120,10 @@ def _run(
                 keeper.settle(name, "failed", error)
             if len(failed) == len(names):
                 raise all_failed(failed, keeper.journal.record.config)
+            live = [name for name in names if is_live(kept.get(name), deployed.get(name))]
+            for name in live:
+                results[name] = kept[name]
+                keeper.settle(name, "kept")
             pairs, ingested = read_pairs(inputs, fleet)
             refuse_overlap(inputs, pairs.path / "pairs.parquet")
             triaged = triage_all(inputs, pairs, fleet)
@@ -129,7 +140,7 @@ def _run(
                     reporter=Reporter(board, model.name),
                 )
                 for model in models
-                if model.name in sources
+                if model.name in sources and model.name not in live
             ]
             fleet("realigning")
             idle = triaged.folder is not None and not triage.n_conflicts(triaged.trained)

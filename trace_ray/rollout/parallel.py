@@ -152,3 +152,15 @@ def kept_results(inputs: Inputs) -> dict[str, dict[str, Any]]:
     folder = inputs.store.run_dir(inputs.run_id) / MODELS
     paths = {model.name: folder / f"{model.name}.json" for model in inputs.config.models}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def is_live(kept: Mapping[str, Any] | None, deployed: Deployed | None) -> bool:
+    """Whether a model runs what this very run made of it: it was promoted since, nothing is left to do.
+
+    Args:
+        kept: what ``kept_results`` holds of the model.
+        deployed: the adapter that it runs now.
+    """
+    if kept is None or deployed is None:
+        return False
+    return kept.get("adapter_sha256") == deployed.sha256

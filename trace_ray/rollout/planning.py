@@ -26,7 +26,7 @@ from trace_ray.rollout.judging import verdict_store
 from trace_ray.rollout.lineage import kept_policy
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.rollout.once import TRIAGE, earned_judge, read_pairs, triage_key
-from trace_ray.rollout.parallel import find_models
+from trace_ray.rollout.parallel import find_models, is_live, kept_results
 from trace_ray.rollout.plan import Inputs, read_inputs
 from trace_ray.rollout.plan_file import digests
 from trace_ray.runtime.cluster import connected
@@ -280,6 +280,9 @@ def _model_plan(
 ) -> ModelPlan:
     now, changes = _policy_now(job)
     found = ModelPlan(job.model.name, CHANGES, "", now, changes)
+    if is_live(kept_results(job.inputs).get(job.model.name), job.deployed):
+        found.action, found.why = NO_CHANGE, "runs what this run made of it"
+        return found
     if planned is not None and not planned.conflicts and planned.judged == planned.pairs:
         found.action, found.why = NO_CHANGE, "no pair conflicts with the policy"
         return found
