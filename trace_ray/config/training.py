@@ -1,0 +1,103 @@
+"""The training section: objective, optimisation, adapter shape, impact scores."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trace_ray.config.sections import Section
+from trace_ray.core.objectives import MAX_SMOOTHING, Objective
+
+
+class LoraConfig(Section):
+    """The adapter's shape (paper: r 32, alpha 16, dropout 0.1 on q_proj and v_proj)."""
+
+    r: int = Field(default=32, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = Field(default=["q_proj", "v_proj"])
+
+
+class ImpactConfig(Section):
+    """Alignment impact scores (method: stage 2)."""
+
+    method: Literal["auto", "jvp", "ghost", "fd"] = "auto"
+    """``ghost``: one batched backward pass, exact; ``jvp``: forward mode, exact, the check of the others;
+    ``fd``: central difference in float32; auto = ghost."""
+    gamma: float = Field(default=1.0, gt=0)
+    """Damping: the Hessian is taken as gamma * I."""
+    gold_batch: int = Field(default=64, ge=3)
+    """Pairs in the gold batch (Algorithm 2)."""
+    weights: Literal["l1", "mean", "category"] = "mean"
+    """``l1``: weights sum to 1 (the paper); ``mean``: their mean is 1; ``category``: it is 1 among the
+    INVERT pairs and among the PUNISH pairs."""
+    power: float = Field(default=1.0, ge=0, le=1)
+    """Exponent of the clamped scores: 1 = the paper's weights, 0.5 = less peaked."""
+    batch_tokens: int = Field(default=1024, ge=1)
+    """Tokens per forward pass; a row longer than that is a batch of its own."""
+    preconditioner: Literal["none", "adam"] = "none"
+    """``adam``: g_J is divided by sqrt(v) + 1e-8, v the mean square of the gold pairs' gradients."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """``bfloat16``: faster where the device is fast at it, scores about 1% off; not for ``fd``."""
+    workers: int = Field(default=1, ge=1)
+    """Ray tasks that share one model's scoring, each with the model's resources."""
+
+    @model_validator(mode="after")
+    def _differences_need_precision(self) -> ImpactConfig:
+        if self.method == "fd" and self.autocast != "none":
+            raise ValueError(
+                "finite differences in bfloat16 are noise: method ghost, or autocast none"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """The objective and its optimisation (defaults: the paper's)."""
+
+    objective: Objective = "trace"
+    """``trace``, an ablation or a baseline (``core.objectives`` has the list), or ``sft``."""
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """Preference loss on inverted pairs."""
+    beta: float = Field(default=0.3, gt=0)
+    alpha_kl: float = Field(default=0.1, ge=0)
+    rpo_alpha: float = Field(default=0.0, ge=0)
+    """Weight of the NLL of inverted pairs' newly preferred response; 0 = the paper's loss."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    epochs: float = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps; null = by epochs."""
+    batch_size: int = Field(default=4, ge=1)
+    """Pairs per optimizer step."""
+    max_tokens: int | None = Field(default=None, ge=16)
+    """Tokens computed at once: a step with more is split into micro-batches; null = never split."""
+    workers: int = Field(default=1, ge=1)
+    """Data-parallel workers, each with the model's resources: they share out the rows of every step, so
+    that the result is one worker's."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
+    """Robust DPO on inverted pairs: the rate of wrong triage labels; ``judge`` takes each pair's from
+    the judge's own probabilities; 0 = the paper's loss."""
+    max_length: int = Field(default=512, ge=16)
+    """Tokens of prompt plus response; longer ones lose the response's tail, counted in the report."""
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    min_grad_norm: float = Field(default=0.0, ge=0)
+    """Stop when the gradient norm falls under it (epsilon of Algorithm 1); 0 = never."""
+    save_steps: int = Field(default=50, ge=1)
+    """Optimizer steps between checkpoints."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """Precision of the passes over float32 weights; auto = bfloat16 where the device is fast at it."""
+    lora: LoraConfig = LoraConfig()
+    impact: ImpactConfig = ImpactConfig()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _workers_have_rows(self) -> TrainingConfig:
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"workers: {self.workers} can't share the {self.batch_size} pairs of a step; "
+                "raise batch_size or take fewer workers"
+            )
+        return self
