@@ -12,9 +12,10 @@ from typing import Any
 
 import openai
 import pytest
-from served_models import Post, endpoint
 
 from trace_ray.serve.config import ServeConfig
+
+from .served_models import Post, endpoint
 
 
 @pytest.fixture(scope="package")

@@ -15,11 +15,12 @@ import ray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ray import serve
-from served_models import MESSAGE, Post
 
 from trace_ray.config.serve import Limits
 from trace_ray.serve.config import ServeConfig
 from trace_ray.serve.keys import Role, add_key, revoke_key
+
+from .served_models import MESSAGE, Post
 
 CASES = int(os.environ.get("TRACE_RAY_FUZZ_CASES", "200"))
 SECRET = "the prompt nobody may log"

@@ -9,10 +9,11 @@ from typing import Any
 
 import openai
 import pytest
-from served_models import MESSAGE, Post
 
 from trace_ray.serve.records import read_records
 from trace_ray.serve.requests import MAX_DEPTH
+
+from .served_models import MESSAGE, Post
 
 CHECK = "x-trace-ray-compliance"
 

@@ -12,10 +12,11 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from served_models import NEW, OLD, Post, support
 
 from trace_ray.errors import ConfigError, ServeError
 from trace_ray.serve.config import ServeConfig, parse_config, routes
+
+from .served_models import NEW, OLD, Post, support
 
 
 def _first_logprob(client: openai.OpenAI, model: str) -> tuple[str, float]:

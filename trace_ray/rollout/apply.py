@@ -150,7 +150,8 @@ def _run(
             else:
                 run_models(jobs, keeper, inputs.config.parallel, results)
             fleet("done", note=f"run {inputs.run_id}")
-    return Outcome(triaged, ingested, results, idle)
+    in_order = {m.name: results[m.name] for m in inputs.config.models if m.name in results}
+    return Outcome(triaged, ingested, in_order, idle)
 
 
 def _chosen(inputs: Inputs, only: Sequence[str], config_path: str) -> list[ModelConfig]:
