@@ -183,12 +183,15 @@ def test_explain_tells_one_pair_s_story(mended):
     config = yaml.safe_load((mended / "fleet.yaml").read_text())
     rows = pq.read_table(mended / "storage/latest/triaged.parquet").to_pylist()
     heavy = max(rows, key=lambda row: max((s["weight"] for s in row["scores"]), default=-1))
-    done = trace_ray("explain", heavy["pair_id"], "--config", mended / "fleet.yaml")
+    options = ("--config", mended / "fleet.yaml", "--answers", "--max-new-tokens", "4")
+    done = trace_ray("explain", heavy["pair_id"], *options)
     assert done.returncode == 0, done.stderr
     assert f"category: {heavy['category']}" in done.stdout
     assert "no-the" in done.stdout
     assert "1 of" in done.stdout
-    assert all(model["name"] in done.stdout for model in config["models"])
+    for model in config["models"]:
+        assert f"{model['name']} before: " in done.stdout
+        assert f"{model['name']} after: " in done.stdout
     unknown = trace_ray("explain", "0" * 16, "--config", mended / "fleet.yaml")
     assert unknown.returncode == 2
     assert "has no pair" in unknown.stderr

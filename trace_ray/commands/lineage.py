@@ -38,15 +38,21 @@ def lineage_command(
 def explain_command(
     pair_id: Annotated[str, typer.Argument(metavar="PAIR_ID", help="Of triaged.parquet.")],
     config: OfConfig,
+    answers: Annotated[
+        bool, typer.Option(help="Also ask every model the pair's prompt, before and after.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of such an answer.")] = 128,
 ) -> None:
     """Show one pair: verdicts, clause by clause, its category, weight and rank for each model."""
     with exits_cleanly():
         from rich.table import Table
 
+        from trace_ray.rollout.answers import answers as ask_models
         from trace_ray.rollout.explain import explain
         from trace_ray.rollout.plan import read_inputs
 
-        story = explain(read_inputs(str(config)), pair_id)
+        inputs = read_inputs(str(config))
+        story = explain(inputs, pair_id)
         console = terminal()
         for turn in story.pair.prompt:
             console.print(f"{turn.role}: {turn.content}", markup=False)
@@ -72,3 +78,7 @@ def explain_command(
             rank = f"{row.rank} of {row.of}"
             weights.add_row(row.model, f"{row.raw:.4g}", f"{row.weight:.4g}", rank)
         console.print(weights)
+        if answers:
+            for found in ask_models(inputs, story.pair.prompt, max_new_tokens):
+                console.print(f"{found.model} before: {found.before}", markup=False)
+                console.print(f"{found.model} after: {found.after}", markup=False)
