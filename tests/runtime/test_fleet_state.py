@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
 
 from trace_ray.errors import StateError
 from trace_ray.rollout.status import status_view
+from trace_ray.runtime import fleet_lock
 from trace_ray.runtime.fleet_journal import JOURNAL, FleetState, Journal
 from trace_ray.runtime.fleet_lock import FleetLock, Holder
 from trace_ray.runtime.progress import FLEET, Event, Line
@@ -62,14 +64,28 @@ def test_force_takes_it_from_one_that_lives_who_then_knows(tmp_path):
     assert second.is_mine()
 
 
-def test_a_holder_on_another_host_is_never_taken_for_dead(tmp_path):
-    here = Holder.this_process()
-    fields = {name: getattr(here, name) for name in Holder.__slots__}
-    elsewhere = Holder(**fields | {"host": "node-7", "pid": 1 << 22})
-    (tmp_path / "lock.json").write_text(json.dumps(fields | {"host": "node-7", "pid": 1 << 22}))
-    assert not elsewhere.is_gone
-    with pytest.raises(StateError, match="node-7"):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A holder on another host."""
+    monkeypatch.setattr(fleet_lock, "SILENCE_S", 0.5)
+    holder = replace(Holder.this_process(), host="node-7", pid=1 << 22)
+    (tmp_path / "lock.json").write_text(json.dumps(asdict(holder)))
+    return holder
+
+
+def test_a_holder_on_another_host_that_shows_life_is_refused(tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr(fleet_lock, "BEAT_S", 0.1)
+    theirs = FleetLock(tmp_path)
+    theirs.mine = elsewhere
+    with theirs.beating(), pytest.raises(StateError, match="node-7"):
         FleetLock(tmp_path).acquire()
+
+
+def test_a_holder_on_another_host_that_is_silent_is_followed(tmp_path, elsewhere):
+    assert not elsewhere.is_gone
+    lock = FleetLock(tmp_path)
+    assert "node-7, process" in (lock.acquire() or "")
+    assert lock.is_mine()
 
 
 def test_a_process_number_used_again_is_not_the_holder(tmp_path):

@@ -80,7 +80,8 @@ def held(inputs: Inputs, config_path: str, names: list[str], *, force: bool) -> 
         journal = Journal(state, inputs.run_id, str(Path(config_path).absolute()), names, logs)
         keeper = Keeper(state, lock, journal)
         try:
-            yield keeper
+            with lock.beating():
+                yield keeper
         except BaseException as error:
             if keeper.stopped:  # whatever the interrupt looked like where it arrived
                 keeper.end("stopped", keeper.stopped)

@@ -1,8 +1,9 @@
 """Who may change a fleet: one holder at a time, named to everybody else.
 
 The lock is a file that appears by one link, so two machines that share a storage folder can't both
-make it. A holder on the same host whose process is gone has lost it; one on another host can't be
-looked at, so only ``--force-unlock`` takes it.
+make it. A holder on the same host whose process is gone has lost it. One on another host (or in another
+pod) can't be looked at: it touches the file every ``BEAT_S``, and has lost it after ``SILENCE_S`` without
+a touch, counted by the clock of whoever waits, so that no two hosts' clocks are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import getpass
 import json
 import os
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +26,7 @@ from trace_ray.errors import StateError
 from trace_ray.runtime.store import write_json
 
 LOCK, GUARD = "lock.json", ".guard"
+BEAT_S, SILENCE_S = 10.0, 60.0
 
 
 def now() -> str:
@@ -97,6 +101,8 @@ class FleetLock:
     def acquire(self, *, force: bool = False) -> str | None:
         """Take the lock; return a note where it was taken over from another holder.
 
+        Waits up to ``SILENCE_S`` for a sign of life where the holder is on another host.
+
         Args:
             force: take it from whoever holds it.
 
@@ -104,15 +110,17 @@ class FleetLock:
             StateError: somebody else holds it, with the name.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        silent = None if force else self._silent_holder()
         with self._guarded():
             other, note = self.holder(), None
             if other is not None:
-                if not force and not other.is_gone:
+                gone = other.is_gone or other == silent
+                if not force and not gone:
                     raise StateError(
                         f"the fleet is held by {other} ({self.path}): wait for it, stop it with "
                         "'trace-ray cancel', or, if that process is gone, add --force-unlock"
                     )
-                why = "its process is gone" if other.is_gone else "--force-unlock"
+                why = "its process is gone" if gone else "--force-unlock"
                 note = f"took the fleet over from {other}: {why}"
                 self.path.unlink(missing_ok=True)
             mine = Holder.this_process()
@@ -126,6 +134,45 @@ class FleetLock:
                 draft.unlink(missing_ok=True)
             self.mine = mine
             return note
+
+    def _silent_holder(self) -> Holder | None:
+        """Return the holder if it is on another host and shows no sign of life."""
+        other = self.holder()
+        if other is None or other.host == socket.gethostname():
+            return None
+        first, waited_from = self._touched(), time.monotonic()
+        while time.monotonic() - waited_from < SILENCE_S:
+            time.sleep(min(1.0, SILENCE_S / 10))
+            if self._touched() != first:
+                return None
+        return other
+
+    def _touched(self) -> int | None:
+        """Return when the file was touched, by the file server's clock, in ns; None = it is gone."""
+        try:
+            with self.path.open() as file:  # a network file system looks afresh when it opens
+                return os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Show other hosts a sign of life within the block."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_S):
+                with contextlib.suppress(OSError, StateError):  # storage that is away for a moment
+                    if self.is_mine():
+                        os.utime(self.path)
+
+        thread = threading.Thread(target=beat, name="fleet-lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def is_mine(self) -> bool:
         """Whether this process still holds the fleet."""
