@@ -1,4 +1,4 @@
-"""``trace-ray plan``, ``status`` and ``cancel``: a fleet before, during and after an ``apply``."""
+"""``trace-ray plan``, ``status``, ``cancel`` and ``gc``: a fleet before, during and after ``apply``."""
 
 from __future__ import annotations
 
@@ -96,3 +96,24 @@ def cancel_command(
                 )
             time.sleep(0.5)
         typer.echo(f"stopped; go on with: trace-ray apply {config}")
+
+
+@app.command("gc")
+def gc_command(
+    config: ConfigPath,
+    days: Annotated[float, typer.Option(min=0, help="Keep what was used in so many days.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Remove stages and checkpoints that no run used lately; a run that needs one makes it anew."""
+    with exits_cleanly():
+        from trace_ray.rollout.cleaning import DAY_S, clean
+
+        stale = clean(str(config), days, dry_run=dry_run)
+        for each in stale:
+            size = f"{each.size / 2**20:.1f} MiB"
+            typer.echo(f"{each.what} {each.path.name}: {size}, idle {each.idle_s / DAY_S:.1f} days")
+        total = sum(each.size for each in stale) / 2**20
+        typer.echo(
+            f"{len(stale)} folders, {total:.1f} MiB {'would go' if dry_run else 'removed'}; adapters "
+            "are in the registry; see 'trace-ray verdicts gc' for verdicts"
+        )

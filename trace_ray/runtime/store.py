@@ -7,6 +7,7 @@ temporary folder, which the next run of that stage removes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,10 +61,12 @@ class Store:
         return Path(self.root, "stages", name, content_digest(dict(inputs))[:16])
 
     def find(self, name: str, inputs: Mapping[str, Any]) -> StageResult | None:
-        """Return stage ``name`` for ``inputs`` if it is done."""
+        """Return stage ``name`` for ``inputs`` if it is done, and note that it is still of use."""
         final = self.folder(name, inputs)
         if not (final / RECORD).exists():
             return None
+        with contextlib.suppress(OSError):  # a storage that can only be read
+            os.utime(final)
         record = json.loads((final / RECORD).read_text())
         return StageResult(final, True, record["wall_s"])
 

@@ -1,0 +1,48 @@
+"""``trace-ray gc``: storage is given back that no run has used for a while."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trace_ray.config import load_config
+from trace_ray.runtime.fleet_journal import FleetState
+from trace_ray.runtime.stale import Stale, find_stale, remove
+from trace_ray.runtime.store import Store
+
+DAY_S = 86400.0
+
+
+def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
+    """Remove stages and checkpoints unused for so many days, those of the newest run never.
+
+    Returns:
+        What went, or would go in a dry run.
+
+    Raises:
+        StateError: a run holds the fleet.
+    """
+    config = load_config(config_path)
+    store = Store(config.storage)
+    lock = FleetState.of(config).lock
+    lock.acquire()
+    try:
+        stale = find_stale(store, days * DAY_S, _of_newest_run(Path(store.root)))
+        if not dry_run:
+            for each in stale:
+                remove(each)
+        return stale
+    finally:
+        lock.release()
+
+
+def _of_newest_run(root: Path) -> set[Path]:
+    """Return the stage folders that the newest run's results point into."""
+    found = set()
+    for path in root.glob("latest/models/*.json"):
+        for value in json.loads(path.read_text()).values():
+            parts = Path(value).parts if isinstance(value, str) else ()
+            if "stages" in parts:
+                at = parts.index("stages")
+                found.add(root.joinpath(*parts[at : at + 3]))
+    return found
