@@ -31,6 +31,9 @@ class Metrics:
         self._agreement = _counter(
             "shadow_policy", "Replies judged under both policies", "model", "agree", "would_block"
         )
+        self._looks = _counter("alias_looks", "Looks at the registry's aliases", "result")
+        self._moves = _counter("alias_moves", "Names that lead to another adapter", "model")
+        self._refused = _counter("adapters_refused", "Versions not put in service", "model")
         self._in_flight = Gauge("trace_ray_in_flight", "Requests being answered")
 
     def answered(self, path: str, model: str, status: int, seconds: float) -> None:
@@ -51,6 +54,18 @@ class Metrics:
     def in_flight(self, count: int) -> None:
         """Show how many requests are being answered."""
         self._in_flight.set(count)
+
+    def looked(self, result: str) -> None:
+        """Count a look at the registry: ``ok``, ``waiting`` for a change to end, or ``failed``."""
+        self._looks.inc(tags={"result": result})
+
+    def moved(self, model: str) -> None:
+        """Count a name of a model that leads to another adapter now."""
+        self._moves.inc(tags={"model": model})
+
+    def refused(self, model: str) -> None:
+        """Count a version of a model that was not put in service."""
+        self._refused.inc(tags={"model": model})
 
     def judged(self, model: str, policy: str, judged: Judged) -> None:
         """Count a verdict on a whole reply under the enforced policy."""
