@@ -21,7 +21,7 @@ from trace_ray.core.promotion import AliasMove
 from trace_ray.errors import ModelError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout.promotion import Rollouts
-from trace_ray.rollout.waves import WaveRollout, live_splits
+from trace_ray.rollout.waves import LiveSplits, WaveRollout
 from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.records import AdapterRecord
@@ -335,7 +335,8 @@ def test_a_bad_candidate_is_withdrawn_by_itself_and_kept_in_the_chain(waves):
 def test_failed_requests_alone_withdraw_a_candidate(waves):
     folder = waves / "storage" / "records"
     folder.mkdir(exist_ok=True)
-    splits = live_splits(str(waves / "storage"))
+    live_now = LiveSplits(str(waves / "storage"))
+    splits = live_now.read()
     assert splits.keys() == {"one"}  # the second wave's traffic waits
     split = splits["one"]
     assert split.share == 0.5
@@ -347,7 +348,7 @@ def test_failed_requests_alone_withdraw_a_candidate(waves):
     (folder / f"decisions-{time.time_ns()}.jsonl").write_text(text)
     done = rollout(waves, "step")
     assert (done.exit_code, "one: withdraw: success is worse" in done.output) == (1, True)
-    assert live_splits(str(waves / "storage")) == {}
+    assert live_now.read() == {}
     assert aliases(waves, "one") == {"champion": 1}
 
 

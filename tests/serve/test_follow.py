@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import openai
 import pytest
 import yaml
 from ray import serve
@@ -170,7 +171,7 @@ class Clients:
 
 
 def test_a_promotion_reaches_clients_without_a_restart_or_a_failure(
-    fleet: Fleet, post: Post
+    fleet: Fleet, post: Post, client: openai.OpenAI
 ) -> None:
     from trace_ray.serve.app import APP_NAME
 
@@ -178,9 +179,18 @@ def test_a_promotion_reaches_clients_without_a_restart_or_a_failure(
     pid = engine.ping.remote().result()
     with Clients(post) as clients:
         clients.until_only(OLD)
+        long: Any = BODY | {"max_tokens": 300}
+        del long["ignore_eos"]
+        stream = client.chat.completions.create(
+            **long, stream=True, extra_body={"ignore_eos": True}
+        )
+        under_way = [next(iter(stream))]
         assert Rollouts(fleet.path).promote() is not None
         moved = time.monotonic()
         clients.until_only(NEW)
+        under_way += list(stream)
+        assert {event.system_fingerprint for event in under_way if event.choices} == {OLD}
+        assert [c.finish_reason for e in under_way for c in e.choices][-1] == "length"
         assert Rollouts(fleet.path).rollback() is not None
         clients.until_only(OLD)
     assert {status for _, status, _, _ in clients.answers} == {200}
@@ -200,7 +210,7 @@ def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
     numbers, by_key = itertools.count(), dict[str, set[str]]()
 
     def send(number: int) -> int:
-        key = f"user-{number % 200}"
+        key = f"user-{number % 25}"
         status, _, headers = post("chat/completions", BODY, {"x-request-key": key})
         by_key.setdefault(key, set()).add(headers["x-trace-ray-adapter"])
         return status
@@ -228,22 +238,51 @@ def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
     assert all(row["request_s"] > 0 for row in rows)
 
 
+def register_like(
+    fleet: Fleet,
+    config: ServeConfig,
+    folder: Path,
+    name: str,
+    alpha: int,
+    alias: str = "challenger",
+) -> None:
+    """Register the challenger's weights once more, scaled otherwise."""
+    adapter = shutil.copytree(config.models[0].adapters[1].path, folder / str(alpha))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": alpha}))
+    digest = model_digest(Path(config.models[0].base), fleet.storage / "models")
+    fleet.register(adapter, name, alias, digest)
+
+
+def test_an_adapter_that_is_new_to_the_engine_is_loaded_while_it_runs(
+    fleet: Fleet, post: Post, config: ServeConfig, tmp_path: Path
+) -> None:
+    third = "support@2026.3-cccccccc"
+    assert post("chat/completions", BODY | {"model": third})[0] == 404
+    register_like(fleet, config, tmp_path, third, 3)
+    asked = BODY | {"model": "support@challenger"}
+    until(lambda: post("chat/completions", asked)[0] == 200)
+    status, answer, headers = post("chat/completions", asked)
+    assert (status, headers["x-trace-ray-adapter"]) == (200, third)
+    assert answer["system_fingerprint"] == third
+    assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
+
+
 def test_an_adapter_that_was_changed_and_a_lost_registry_leave_the_names(
     fleet: Fleet, post: Post, url: str, config: ServeConfig, tmp_path: Path
 ) -> None:
-    adapter = shutil.copytree(config.models[0].adapters[1].path, tmp_path / "third")
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 3}))
-    digest = model_digest(Path(config.models[0].base), fleet.storage / "models")
-    fleet.register(adapter, "support@2026.3-cccccccc", "", digest)
+    asked = BODY | {"model": "support@challenger"}
+    before = post("chat/completions", asked)[2]["x-trace-ray-adapter"]
+    register_like(fleet, config, tmp_path, "support@2026.4-dddddddd", 4, alias="")
     for stored in fleet.storage.glob("mlartifacts/**/adapter_config.json"):
-        if json.loads(stored.read_text())["lora_alpha"] == 3:
-            stored.write_text(json.dumps(settings | {"lora_alpha": 4}))
-    fleet.registry.set_alias("trace-support", "challenger", 3)
-    fleet.registry.set_alias("trace-support", "champion", 3)
-    until(lambda: registry_seen(url)["refused"] == ["support version 3"])
+        settings = json.loads(stored.read_text())
+        if settings["lora_alpha"] == 4:
+            stored.write_text(json.dumps(settings | {"lora_alpha": 5}))
+    fleet.registry.set_alias("trace-support", "challenger", 4)
+    fleet.registry.set_alias("trace-support", "champion", 4)
+    until(lambda: registry_seen(url)["refused"] == ["support version 4"])
     assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
-    assert post("chat/completions", BODY | {"model": "support@challenger"})[0] == 404
+    assert post("chat/completions", asked)[2]["x-trace-ray-adapter"] == before
     database = fleet.storage / "mlflow.db"
     database.rename(fleet.storage / "away.db")
     until(lambda: registry_seen(url)["problem"] == "the registry can't be read")

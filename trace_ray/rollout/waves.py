@@ -198,20 +198,33 @@ def _splits(
     return found
 
 
-def live_splits(storage: str) -> dict[str, Split]:
-    """Return by model how a fleet's rollout splits the traffic now; {} where none is under way.
+class LiveSplits:
+    """How a fleet's rollout splits the traffic; its state is parsed where it has changed."""
 
-    Raises:
-        RolloutError: the state can't be read.
-    """
-    path = Path(storage, "rollout", STATE)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8")).get("splits", {})
-        return {model: Split.from_row(row) for model, row in rows.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RolloutError(f"{path}: can't be read: {error}") from None
+    def __init__(self, storage: str) -> None:
+        """Take the fleet's storage folder; nothing is read yet."""
+        self._path = Path(storage, "rollout", STATE)
+        self._seen: tuple[int, int, int] | None = None
+        self._splits: dict[str, Split] = {}
+
+    def read(self) -> dict[str, Split]:
+        """Return by model how its traffic is split now; {} where no rollout is under way.
+
+        Raises:
+            RolloutError: the state can't be read.
+        """
+        try:
+            found = self._path.stat()
+            state = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if state != self._seen:
+                rows = json.loads(self._path.read_text(encoding="utf-8")).get("splits", {})
+                self._splits = {model: Split.from_row(row) for model, row in rows.items()}
+                self._seen = state
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise RolloutError(f"{self._path}: can't be read: {error}") from None
+        return self._splits
 
 
 def _observations(path: Path, arms: dict[str, dict[str, str]]) -> Iterator[Observation]:

@@ -9,6 +9,7 @@ can't be read or is refused changes nothing: the names lead where they led.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Protocol
 from trace_ray.core.split import Split
 from trace_ray.errors import ModelError, RegistryError, TraceRayError
 from trace_ray.models.adapters import check_adapter
-from trace_ray.rollout.waves import live_splits
+from trace_ray.rollout.waves import LiveSplits
 from trace_ray.runtime.aliases import FleetAliases
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.registry import Registry
@@ -63,6 +64,7 @@ class FleetSource:
         """Take their places; nothing is opened yet."""
         self._follow = follow
         self._aliases = FleetAliases(follow.uri, follow.prefix)
+        self._splits = LiveSplits(follow.storage)
         self._journal = Journal(Path(follow.storage, "rollout"))
 
     def view(self) -> FleetView | None:
@@ -75,7 +77,7 @@ class FleetSource:
         if self._journal.pending() is not None:
             return None
         named = self._aliases.read()
-        splits = live_splits(self._follow.storage)
+        splits = self._splits.read()
         if self._journal.pending() is not None:
             return None
         start = len(self._follow.prefix) + 1
@@ -160,6 +162,7 @@ class Follower:
         self._ready: dict[tuple[str, int], ServedAdapter] = {}
         self._work: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._refused: dict[tuple[str, int], _Refused] = {}
+        self._looked = asyncio.Event()
         self._read_at: float | None = None
         self._problem = ""
 
@@ -179,8 +182,20 @@ class Follower:
             for task in self._work.values():
                 task.cancel()
 
+    async def looked(self, most_s: float) -> None:
+        """Return after the first look, or after ``most_s`` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._looked.wait()
+
     async def look(self) -> None:
         """Look once; never raises for what it finds."""
+        try:
+            await self._look()
+        finally:
+            self._looked.set()
+
+    async def _look(self) -> None:
         try:
             view = await asyncio.to_thread(self._source.view)
             if view is None:
@@ -190,8 +205,8 @@ class Follower:
         except Exception as error:
             known = isinstance(error, RegistryError)
             text = str(error) if isinstance(error, TraceRayError) else repr(error)
-            _problem = "the registry can't be read" if known else "the fleet's state can't be read"
-            self._told(_problem, "failed", f"; the names stay as they are: {text}")
+            problem = "the registry can't be read" if known else "the fleet's state can't be read"
+            self._told(problem, "failed", f"; the names stay as they are: {text}")
             return
         self._read_at = time.monotonic()
         self._told("", "ok")

@@ -46,6 +46,8 @@ ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
 MODE_HEADER = "x-trace-ray-compliance"
 REQUEST_HEADER = "x-request-id"
+FIRST_LOOK_S = 15
+"""Longest time that a start waits for the registry."""
 
 api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
 
@@ -87,6 +89,7 @@ class Ingress:
 
     def _follow(self, models: list[ServedModel], follow: Follow | None) -> None:
         """Serve these models, and from now on as the registry names them."""
+        splits = self._table.splits
         if self._following is not None:
             self._following.cancel()
         self._configured = NameTable.of(models, {})
@@ -94,11 +97,12 @@ class Ingress:
         if follow is not None:
             source, load = FleetSource(follow), self._engines.load
             self._follower = Follower(source, follow.refresh_s, models, load, self._metrics)
+            self._follower.table = NameTable.of(models, splits)  # until the first look
             self._following = asyncio.create_task(self._follower.run())
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Replace the tables: a new alias, mode, policy or limit takes effect with the next request."""
-        follow = user_config["follow"]
+        follow, starts = user_config["follow"], not self._table.routes
         self._follow(
             [ServedModel.model_validate(row) for row in user_config["models"]],
             None if follow is None else Follow.model_validate(follow),
@@ -115,11 +119,17 @@ class Ingress:
         if (folder := user_config["records_folder"]) is not None:
             settings = Records.model_validate(user_config["records"])
             self._records = RecordWriter(folder, settings)
+        if starts and self._follower is not None:
+            # A replica that was restarted must not answer by what was champion at the last deploy.
+            await self._follower.looked(FIRST_LOOK_S)
 
     def check_health(self) -> None:
-        """Finish a file of records that is old; Serve calls this every few seconds."""
+        """Finish a file of records that is old; Serve calls this every few seconds.
+
+        While traffic is split it is always old enough: the rollout waits for it.
+        """
         if self._records is not None:
-            self._records.rotate()
+            self._records.rotate(close=bool(self._table.splits))
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> JSONResponse:
@@ -271,7 +281,7 @@ class Ingress:
         sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
         status, streaming, parts = await self._engines.begin(kind, sent, route)
         if streaming:
-            seen = self._watch(route.model, started, hide_usage=own_usage)
+            seen = self._metrics.watch(route.model, started, hide_usage=own_usage)
             stream = events(parts, started + self._door.limits.timeout_s, seen)
             stream = turn.streamed(stream) if turn else stream
             ending = until_end(stream, lambda status: self._ended(call, status))
@@ -325,24 +335,6 @@ class Ingress:
 
     def _prompts(self, kind: Kind, body: Mapping[str, Any]) -> list[Prompt]:
         return [chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body)
-
-    def _watch(
-        self, model: str, started: float, *, hide_usage: bool
-    ) -> Callable[[dict[str, Any] | None], bool]:
-        """Return what counts a stream's tokens and the time to its first event."""
-        first = True
-
-        def seen(row: dict[str, Any] | None) -> bool:
-            nonlocal first
-            if first:
-                self._metrics.first_text(model, time.monotonic() - started)
-                first = False
-            if row is None or row.get("choices") or not row.get("usage"):
-                return True
-            self._metrics.tokens(model, row["usage"])
-            return not hide_usage
-
-        return seen
 
     async def _check(self, call: Call) -> Response:
         """Judge ``{model, messages | prompt, response}``."""

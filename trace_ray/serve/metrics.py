@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -50,6 +51,30 @@ class Metrics:
         for kind, name in (("prompt", "prompt_tokens"), ("reply", "completion_tokens")):
             if count := (usage or {}).get(name):
                 self._tokens.inc(count, tags={"model": model, "kind": kind})
+
+    def watch(
+        self, model: str, started: float, *, hide_usage: bool
+    ) -> Callable[[dict[str, Any] | None], bool]:
+        """Return what counts a stream's tokens and the time to its first event.
+
+        Args:
+            model: Who answers.
+            started: ``time.monotonic()`` of the request.
+            hide_usage: The client didn't ask for the usage: its event is left out (False).
+        """
+        first = True
+
+        def seen(row: dict[str, Any] | None) -> bool:
+            nonlocal first
+            if first:
+                self.first_text(model, time.monotonic() - started)
+                first = False
+            if row is None or row.get("choices") or not row.get("usage"):
+                return True
+            self.tokens(model, row["usage"])
+            return not hide_usage
+
+        return seen
 
     def in_flight(self, count: int) -> None:
         """Show how many requests are being answered."""
