@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from trace_ray.core.promotion import AliasMove
 from trace_ray.errors import ModelError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout.promotion import Rollouts
-from trace_ray.rollout.waves import WaveRollout
+from trace_ray.rollout.waves import LiveSplits, WaveRollout
 from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.records import AdapterRecord
@@ -273,7 +274,7 @@ def test_an_alias_moved_by_hand_stops_the_rest_in_words(gated):
     assert "trace-one@champion points at version 1, not 7" in done.output
 
 
-def live(fleet, name, candidate_complies, n=400, number=0):
+def live(fleet, name, candidate_complies, /, n=400, number=0, **more):
     """Write a finished file of the endpoint's records: both arms of one model, in turn."""
     registry = Registry(default_uri(fleet / "storage"))
     arms = [each.tags["adapter_id"] for each in registry.versions(f"trace-{name}")]
@@ -282,6 +283,7 @@ def live(fleet, name, candidate_complies, n=400, number=0):
         for arm, complies in zip(arms, (i % 10 > 0, candidate_complies(i)), strict=True):
             label = "complies" if complies else "violates"
             rows.append({"type": "decision", "model": name, "adapter": arm, "label": label})
+            rows[-1] |= more
     folder = fleet / "storage" / "records"
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -299,6 +301,7 @@ def waves(gated):
     done = rollout(gated, "start")
     assert done.exit_code == 0, done.output
     assert "wave 2: two: 50% of traffic" in done.output
+    assert re.search(r"within [\d,]+ \(down to 90%\) or \d+ \(down to 75%\)", done.output)
     return gated
 
 
@@ -327,6 +330,32 @@ def test_a_bad_candidate_is_withdrawn_by_itself_and_kept_in_the_chain(waves):
     assert "worse than the champion" in last.evidence["forced"]
     assert rollout(waves, "step").exit_code == 1  # again: nothing more happens
     assert len(decisions(waves)) == last.number + 1 - len(gates_of(waves))
+
+
+def test_failed_requests_alone_withdraw_a_candidate(waves):
+    folder = waves / "storage" / "records"
+    folder.mkdir(exist_ok=True)
+    live_now = LiveSplits(str(waves / "storage"))
+    splits = live_now.read()
+    assert splits.keys() == {"one"}  # the second wave's traffic waits
+    split = splits["one"]
+    assert split.share == 0.5
+    rows = [
+        {"type": "request", "model": "one", "name": "one", "adapter": arm, "failed": failed}
+        for arm, failed in ((split.champion, False), (split.candidate, True)) * 60
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"decisions-{time.time_ns()}.jsonl").write_text(text)
+    done = rollout(waves, "step")
+    assert (done.exit_code, "one: withdraw: success is worse" in done.output) == (1, True)
+    assert live_now.read() == {}
+    assert aliases(waves, "one") == {"champion": 1}
+
+
+def test_replies_of_an_arm_that_the_client_chose_do_not_count(waves):
+    live(waves, "one", lambda i: False, name="one@challenger")
+    assert rollout(waves, "step").exit_code == 0
+    assert aliases(waves, "one") == OLD
 
 
 def gates_of(fleet):

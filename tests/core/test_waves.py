@@ -52,8 +52,9 @@ def test_a_bad_candidate_is_withdrawn_before_it_has_soaked_and_nothing_follows()
 def test_errors_and_latency_are_guarded_where_nothing_is_judged(worse, name):
     seen = []
     for _ in range(60):
-        seen += [Observation("a", Arm.CHAMPION, None, latency_s=0.1)]
-        seen += [Observation("a", Arm.CANDIDATE, None, **({"latency_s": 0.1} | worse))]
+        good = {"succeeded": True, "latency_s": 0.1}
+        seen += [Observation("a", Arm.CHAMPION, None, **good)]
+        seen += [Observation("a", Arm.CANDIDATE, None, **(good | worse))]
     state, actions = advance(PLAN, WaveState(), seen, 1)
     assert actions == [Action("withdraw", "a", actions[0].reason)]
     assert f"{name} is worse" in state.reason
@@ -66,6 +67,16 @@ def test_other_waves_pauses_and_clocks_set_back_change_nothing():
     assert advance(PLAN, paused, traffic(1, 300, "a", 1, 0), 60) == (paused, [])
     few, actions = advance(PLAN, WaveState(), traffic(1, 5, "a", 1, 1), 600)
     assert (few.status, few.promoted, actions) == (Status.RUNNING, (), [])  # too few: it waits
+
+
+def test_a_smaller_share_or_drop_needs_more_requests():
+    few, more, most = (
+        PLAN.requests_to_catch(share, 0.9, drop)
+        for share, drop in ((0.5, 0.2), (0.1, 0.2), (0.1, 0.1))
+    )
+    assert few < more < most
+    blocks = blocks_to_catch(0.9, 0.7, PLAN.test())
+    assert few == 3 * blocks  # half of the traffic: 3 requests to a block
 
 
 def test_each_model_stands_in_one_wave():

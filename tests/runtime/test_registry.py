@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from trace_ray.errors import ModelError, RegistryError
 from trace_ray.models.adapters import adapter_sha256, check_adapter, read_base_digest
+from trace_ray.runtime.aliases import FleetAliases
 from trace_ray.runtime.registry import AdapterRecord, Registry, default_uri
 
 CONFIG = {
@@ -214,3 +215,18 @@ def test_check_adapter_names_every_problem(tmp_path):
     with pytest.raises(ModelError, match="not a complete safetensors"):
         check_adapter(cut)
     check_adapter(write_adapter(tmp_path / "good"), "bbbbbbbbbb")
+
+
+def test_the_aliases_of_a_fleet_are_one_look(registry, storage, tmp_path):
+    adapter = write_adapter(tmp_path / "look", seed=70)
+    first = registry.register(record(adapter, name="seen", alias="champion"))
+    reader = FleetAliases(registry.uri, "trace")
+    assert reader.read()["trace-seen"] == {"champion": first.version}
+    registry.set_alias("trace-seen", "challenger", first.version)
+    assert reader.read()["trace-seen"] == {"champion": 1, "challenger": 1}
+    assert FleetAliases(registry.uri, "other").read() == {}
+    gone = FleetAliases(default_uri(tmp_path / "none"), "trace")
+    with pytest.raises(RegistryError, match="the file is gone"):
+        gone.read()
+    with pytest.raises(RegistryError, match="no MLflow server answers"):
+        FleetAliases("http://127.0.0.1:9", "trace").read()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
@@ -16,6 +17,7 @@ from trace_ray.config.serve import ComplianceSettings, Limits, Records
 from trace_ray.core.policy import Policy
 from trace_ray.data.sources import read_prompts
 from trace_ray.errors import ConfigError, DataError
+from trace_ray.serve.admission import Admission
 from trace_ray.serve.answers import read_event, replaced_event, reply_text, retry_body
 from trace_ray.serve.config import ComplianceTable, compliance_table
 from trace_ray.serve.harvest import harvest
@@ -209,6 +211,42 @@ def test_keys_are_kept_as_digests_and_revoked_at_once(tmp_path):
     assert not Keys(None).required
 
 
+def test_keys_whose_file_is_lost_stay_as_last_read(tmp_path):
+    file = tmp_path / "keys.jsonl"
+    key, _ = add_key(file, "web", Role.USE)
+    keys, text = Keys(str(file)), file.read_text()
+    for damage in (file.unlink, lambda: file.write_bytes(b"\xff"), lambda: file.write_text("{}\n")):
+        damage()
+        assert keys.find(f"Bearer {key}") is not None
+        assert keys.find(f"Bearer {key[:-1]}_") is None
+        with pytest.raises(ConfigError, match=r"keys\.jsonl"):  # never read: it doesn't start
+            Keys(str(file))
+    file.write_text(text)
+    revoke_key(file, key.split("-")[1])
+    assert keys.find(f"Bearer {key}") is None
+
+
+def test_keys_of_the_environment_guard_the_door(monkeypatch, tmp_path):
+    key, _ = add_key(tmp_path / "keys.jsonl", "web", Role.USE)
+    monkeypatch.setenv("TRACE_RAY_KEYS", (tmp_path / "keys.jsonl").read_text())
+    door = Admission(Limits(), None)
+
+    def asking(text):
+        header = (b"authorization", text.encode())
+        return Request({"type": "http", "method": "POST", "path": "/", "headers": [header]})
+
+    found = door.key(asking(f"Bearer {key}"))
+    assert found is not None
+    assert found.name == "web"
+    for wrong in ("", f"Bearer {key[:-1]}_"):
+        with pytest.raises(RequestError) as refused:
+            door.key(asking(wrong))
+        assert refused.value.status == 401
+    monkeypatch.setenv("TRACE_RAY_KEYS", "{")
+    with pytest.raises(ConfigError, match="TRACE_RAY_KEYS:1"):
+        Admission(Limits(), None)
+
+
 def test_records_are_whole_files_without_texts_unless_allowed(tmp_path):
     writer = RecordWriter(str(tmp_path), Records(rows=2))
     writer.write({"n": 1}, {"response": "secret"})
@@ -285,6 +323,7 @@ def test_harvest_makes_pairs_of_what_was_corrected(tmp_path: Path) -> None:
         _decision("b"),
         _decision("c", label="complies"),
         _decision("fine", label="complies"),
+        {"type": "request", "request_id": "failed", "model": "m", "failed": True},
         without,
         {"type": "edit", "request_id": "c", "index": 0, "response": "better"},
         {"type": "edit", "request_id": "nobody", "index": 0, "response": "x"},

@@ -11,13 +11,15 @@ import typer
 from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
 
 if TYPE_CHECKING:
-    from trace_ray.core.waves import WaveState
+    from trace_ray.core.waves import Wave, WavePlan, WaveState
 
 app = typer.Typer(help="Promote candidates, and take them back.", no_args_is_help=True)
 
 Models = Annotated[
     list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")
 ]
+_USUAL_RATE, _DROPS = 0.95, (0.05, 0.2)
+"""Compliance of the champion, and drops of the candidate's, for which ``start`` says what it takes."""
 Force = Annotated[str, typer.Option(help="Do it nevertheless; the reason is kept.")]
 
 
@@ -75,6 +77,7 @@ def start(config: ConfigPath) -> None:
         rollout.start()
         for number, wave in enumerate(rollout.plan.waves, 1):
             typer.echo(f"wave {number}: {', '.join(wave.models)}: {100 * wave.share:g}% of traffic")
+            typer.echo(f"  {_samples_line(rollout.plan, wave)}")
         typer.echo(f"next: trace-ray rollout step {config} --every 60")
 
 
@@ -115,6 +118,15 @@ def resume(config: ConfigPath) -> None:
         from trace_ray.rollout.waves import WaveRollout
 
         typer.echo(_wave_line(WaveRollout(str(config)).pause(False)))
+
+
+def _samples_line(plan: WavePlan, wave: Wave) -> str:
+    drops = {drop: plan.requests_to_catch(wave.share, _USUAL_RATE, drop) for drop in _DROPS}
+    told = [f"{n:,} (down to {100 * (_USUAL_RATE - drop):.0f}%)" for drop, n in drops.items()]
+    return (
+        f"a champion that complies in {100 * _USUAL_RATE:.0f}% of its replies: a worse candidate is "
+        f"withdrawn within {' or '.join(told)} judged requests to its model, 19 times in 20"
+    )
 
 
 def _wave_line(state: WaveState) -> str:

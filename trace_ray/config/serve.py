@@ -96,6 +96,14 @@ class Records(Section):
         return redact
 
 
+class Aliases(Section):
+    """How a running endpoint follows the registry and the rollout."""
+
+    refresh_s: float | None = Field(default=1, gt=0)
+    """Seconds between two looks (one search for the whole fleet); null = a name moves with the next
+    deploy only, and no traffic is split."""
+
+
 class ServeSection(Section):
     """The endpoint of a fleet."""
 
@@ -106,6 +114,7 @@ class ServeSection(Section):
     keys: str | None = None
     """File of ``trace-ray keys``; null = everybody who reaches the port may use the endpoint."""
     limits: Limits = Limits()
+    aliases: Aliases = Aliases()
     records: Records | None = Records()
     """null = nothing is recorded."""
 

@@ -10,12 +10,21 @@ rollout, so that a rollout of equal candidates withdraws any of them with probab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from trace_ray.core.sequential import Arm, Decision, SequentialConfig, SequentialState, update
+from trace_ray.core.sequential import (
+    Arm,
+    Decision,
+    SequentialConfig,
+    SequentialState,
+    blocks_to_catch,
+    requests_per_block,
+    update,
+)
 from trace_ray.errors import DataError
 
 TESTS = ("compliance", "success", "latency")
@@ -52,6 +61,19 @@ class WavePlan:
         n_tests = len(TESTS) * sum(len(wave.models) for wave in self.waves)
         return SequentialConfig(self.alpha / n_tests, self.margin)
 
+    def requests_to_catch(self, share: float, champion: float, drop: float) -> int:
+        """Return the judged requests to a model within which a drop withdraws its candidate.
+
+        With a chance of 95%: ``core.sequential.blocks_to_catch`` blocks of the mean size.
+
+        Args:
+            share: of the traffic that the candidate answers, in (0, 1).
+            champion: rate at which the champion complies.
+            drop: how much lower the candidate's is; at most ``champion``.
+        """
+        blocks = blocks_to_catch(champion, champion - drop, self.test())
+        return math.ceil(blocks * requests_per_block(share))
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -61,7 +83,8 @@ class Observation:
     arm: Arm
     complies: bool | None
     """None: not judged."""
-    succeeded: bool = True
+    succeeded: bool | None = None
+    """None: not known."""
     latency_s: float | None = None
     """None: not measured."""
 
@@ -176,7 +199,9 @@ def _promote(plan: WavePlan, state: WaveState, wave: Wave) -> tuple[WaveState, l
 
 
 def _outcomes(seen: Observation, plan: WavePlan) -> dict[str, bool]:
-    found = {"success": seen.succeeded}
+    found: dict[str, bool] = {}
+    if seen.succeeded is not None:
+        found["success"] = seen.succeeded
     if seen.complies is not None:
         found["compliance"] = seen.complies
     if seen.latency_s is not None:

@@ -1,15 +1,17 @@
 """Drives a rollout in waves: live records in, promotions and withdrawals out.
 
 Records are the endpoint's: jsonl files ``decisions-*.jsonl`` under ``<storage>/records``, complete
-once they have their name, a row per reply: ``model``, ``adapter`` (which arm), ``label``, and where
-they are known ``failed`` and ``request_s``. State is one JSON file, written after what it led to was
-done; doing that twice is doing it once.
+once they have their name. A row names ``model`` and ``adapter`` (which arm); ``decision`` rows have a
+reply's ``label``, ``request`` rows ``failed`` and ``request_s``. Where ``name`` is not the model's own
+the client chose the arm, and the row doesn't count. State is one JSON file, written after what it
+led to was done; doing that twice is doing it once. It also tells the endpoint how to split traffic.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from trace_ray.config import FleetConfig
 from trace_ray.config.rollout import WaveSection
 from trace_ray.core.promotion import CHALLENGER, CHAMPION
 from trace_ray.core.sequential import Arm
+from trace_ray.core.split import Split
 from trace_ray.core.waves import (
     Action,
     Observation,
@@ -98,7 +101,8 @@ class WaveRollout:
         if refused:
             raise RolloutError("\n".join(refused))
         state = WaveState()
-        self._write(state, {"arms": arms, "seen": sorted(p.name for p in self._files())})
+        seen = sorted(path.name for path in self._files())
+        self._write(state, {"id": uuid.uuid4().hex, "arms": arms, "seen": seen})
         self.rollouts.audit.append(
             "rollout-start", {}, {"arms": arms, "waves": len(self.plan.waves)}
         )
@@ -115,7 +119,7 @@ class WaveRollout:
         for action in actions:
             self._do(action, kept["arms"][action.model])
         read = seen if state.status is not Status.RUNNING else seen | {p.name for p in fresh}
-        self._write(after, {"arms": kept["arms"], "seen": sorted(read)})
+        self._write(after, kept | {"seen": sorted(read)})
         return after, actions
 
     def pause(self, paused: bool) -> WaveState:
@@ -129,7 +133,7 @@ class WaveRollout:
             raise RolloutError(f"the rollout is {state.status}, not {wanted}")
         state = replace(state, status=given)
         seen = kept["seen"] if paused else sorted(path.name for path in self._files())
-        self._write(state, {"arms": kept["arms"], "seen": seen})
+        self._write(state, kept | {"seen": seen})
         return state
 
     def state(self) -> WaveState | None:
@@ -170,9 +174,57 @@ class WaveRollout:
         except FileNotFoundError:
             return None
 
-    def _write(self, state: WaveState, more: dict[str, Any]) -> None:
+    def _write(self, state: WaveState, kept: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"state": state.to_row(), "at": self.clock(), **more})
+        splits = _splits(self.plan, state, kept.get("id", ""), kept["arms"])
+        rows = {model: split.to_row() for model, split in splits.items()}
+        now = {"state": state.to_row(), "at": self.clock(), "splits": rows}
+        write_json(self.path, kept | now)
+
+
+def _splits(
+    plan: WavePlan, state: WaveState, rollout: str, arms: dict[str, dict[str, str]]
+) -> dict[str, Split]:
+    """Return by model how its traffic is split now; a pause leaves the candidates where they are."""
+    if state.status not in (Status.RUNNING, Status.PAUSED):
+        return {}
+    wave = plan.waves[state.wave]
+    found = {}
+    for model in wave.models:
+        if model not in state.promoted:
+            adapters = {arm: adapter for adapter, arm in arms[model].items()}
+            sides = adapters[Arm.CHAMPION], adapters[Arm.CANDIDATE]
+            found[model] = Split(rollout, *sides, wave.share)
+    return found
+
+
+class LiveSplits:
+    """How a fleet's rollout splits the traffic; its state is parsed where it has changed."""
+
+    def __init__(self, storage: str) -> None:
+        """Take the fleet's storage folder; nothing is read yet."""
+        self._path = Path(storage, "rollout", STATE)
+        self._seen: tuple[int, int, int] | None = None
+        self._splits: dict[str, Split] = {}
+
+    def read(self) -> dict[str, Split]:
+        """Return by model how its traffic is split now; {} where no rollout is under way.
+
+        Raises:
+            RolloutError: the state can't be read.
+        """
+        try:
+            found = self._path.stat()
+            state = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if state != self._seen:
+                rows = json.loads(self._path.read_text(encoding="utf-8")).get("splits", {})
+                self._splits = {model: Split.from_row(row) for model, row in rows.items()}
+                self._seen = state
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise RolloutError(f"{self._path}: can't be read: {error}") from None
+        return self._splits
 
 
 def _observations(path: Path, arms: dict[str, dict[str, str]]) -> Iterator[Observation]:
@@ -182,7 +234,9 @@ def _observations(path: Path, arms: dict[str, dict[str, str]]) -> Iterator[Obser
             row = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(row, dict) or row.get("type", "decision") != "decision":
+        if not isinstance(row, dict) or row.get("type", "decision") not in ("decision", "request"):
+            continue
+        if row.get("name", row.get("model")) != row.get("model"):
             continue
         arm = arms.get(str(row.get("model")), {}).get(str(row.get("adapter")))
         if arm is None:
@@ -192,4 +246,6 @@ def _observations(path: Path, arms: dict[str, dict[str, str]]) -> Iterator[Obser
         )
         latency = row.get("request_s")
         latency = float(latency) if isinstance(latency, int | float) else None
-        yield Observation(row["model"], Arm(arm), complies, not row.get("failed", False), latency)
+        failed = row.get("failed")
+        succeeded = None if failed is None else not failed
+        yield Observation(row["model"], Arm(arm), complies, succeeded, latency)

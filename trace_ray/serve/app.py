@@ -18,7 +18,13 @@ from ray import serve
 
 from trace_ray.errors import ServeError
 from trace_ray.models.engine import engine_env
-from trace_ray.serve.config import ServeConfig, compliance_table, parse_config, routes
+from trace_ray.serve.config import (
+    ServeConfig,
+    ServedModel,
+    compliance_table,
+    parse_config,
+    routes,
+)
 from trace_ray.serve.fleet import serve_config
 from trace_ray.serve.ingress import Ingress
 from trace_ray.serve.keys import Keys
@@ -96,9 +102,11 @@ def _tables(config: ServeConfig) -> dict[str, Any]:
         ConfigError: a policy file or the file of keys.
     """
     Keys(config.keys)
+    routes(config)  # a default that nothing has is told here, not in the ingress
     folder = config.records_folder
     return {
-        "routes": [route.model_dump() for route in routes(config).values()],
+        "models": [_model_row(model) for model in config.models],
+        "follow": config.follow.model_dump() if config.follow else None,
         "compliance": {
             model.name: compliance_table(model.compliance).model_dump(mode="json")
             for model in config.models
@@ -110,6 +118,14 @@ def _tables(config: ServeConfig) -> dict[str, Any]:
         "records_folder": os.path.abspath(folder) if folder else None,
         "max_model_len": config.engine.max_model_len,
     }
+
+
+def _model_row(model: ServedModel) -> dict[str, Any]:
+    """Return a model as the ingress takes it, with paths that mean the same on any node."""
+    row = model.model_dump(exclude={"compliance", "chat_template"})
+    for each in row["adapters"]:
+        each["path"] = os.path.abspath(each["path"])
+    return row | {"base": os.path.abspath(model.base)}
 
 
 def _fixed_version(deployment: Any, content: Any) -> Any:

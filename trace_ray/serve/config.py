@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class ServedModel(Section):
     """Alias, or ``base``, that the bare name means; without that alias, the newest adapter."""
     compliance: Compliance | None = None
     """null = its replies are not judged."""
+    base_digest: str | None = None
+    """Of the base model: adapters that come later must have been made for it; null = not compared."""
 
     @model_validator(mode="after")
     def _names_are_sound(self) -> ServedModel:
@@ -94,6 +96,20 @@ class ServedModel(Section):
                     raise ValueError(f"'{self.name}@{alias}' is used twice")
                 seen.add(alias)
         return self
+
+
+class Follow(Section):
+    """The registry and the rollout that a running endpoint follows."""
+
+    uri: str
+    """MLflow's address."""
+    prefix: str
+    """Registered models are called ``<prefix>-<model name>``."""
+    experiment: str = "trace-ray"
+    """MLflow experiment of the fleet."""
+    storage: str
+    """The fleet's: adapters are downloaded to it, the rollout's state is read in it."""
+    refresh_s: float = Field(default=1, gt=0)
 
 
 class ServeConfig(Section):
@@ -115,6 +131,8 @@ class ServeConfig(Section):
     """What is kept of each decision."""
     records_folder: str | None = None
     """Where; null = nothing is recorded."""
+    follow: Follow | None = None
+    """null = names move with the next deploy only."""
 
     @model_validator(mode="after")
     def _models_agree(self) -> ServeConfig:
@@ -140,6 +158,17 @@ class Route(Section):
     kind: Literal["base", "adapter"] = "base"
     model: str = ""
     """The served model it belongs to."""
+    path: str = ""
+    """The adapter's directory."""
+    sha256: str = ""
+    """The adapter's."""
+
+    @property
+    def adapter(self) -> dict[str, str] | None:
+        """The adapter as an engine takes it; None is the base model."""
+        if self.adapter_id is None:
+            return None
+        return {"id": self.adapter_id, "path": self.path, "sha256": self.sha256}
 
 
 class ComplianceTable(Section):
@@ -212,24 +241,37 @@ def routes(config: ServeConfig) -> dict[str, Route]:
     Raises:
         ConfigError: ``default`` names an alias that no adapter has.
     """
+    return routes_of(config.models)
+
+
+def routes_of(models: Sequence[ServedModel]) -> dict[str, Route]:
+    """Return the same of these models."""
     table: dict[str, Route] = {}
-    for model in config.models:
-        base = os.path.abspath(model.base)
-
-        def add(name: str, adapter_id: str | None, base: str = base, of: str = model.name) -> None:
-            kind: Literal["base", "adapter"] = "base" if adapter_id is None else "adapter"
-            table[name] = Route(name=name, base=base, adapter_id=adapter_id, kind=kind, model=of)
-
-        add(model.name, _default_adapter(model))
-        add(f"{model.name}@base", None)
+    for model in models:
+        rows = {adapter.id: adapter for adapter in model.adapters}
+        names = {model.name: default_adapter(model), f"{model.name}@base": None}
         for adapter in model.adapters:
-            add(adapter.id, adapter.id)
-            for alias in adapter.aliases:
-                add(f"{model.name}@{alias}", adapter.id)
+            for name in (adapter.id, *(f"{model.name}@{alias}" for alias in adapter.aliases)):
+                names[name] = adapter.id
+        for name, adapter_id in names.items():
+            plain = Route(name=name, base=os.path.abspath(model.base), model=model.name)
+            row = rows.get(adapter_id or "")
+            table[name] = plain if row is None else _leads_to(plain, row)
     return table
 
 
-def _default_adapter(model: ServedModel) -> str | None:
+def _leads_to(route: Route, adapter: ServedAdapter) -> Route:
+    path = os.path.abspath(adapter.path)
+    given = {"adapter_id": adapter.id, "kind": "adapter", "path": path, "sha256": adapter.sha256}
+    return route.model_copy(update=given)
+
+
+def default_adapter(model: ServedModel) -> str | None:
+    """Return the adapter that the bare name means; None is the base model.
+
+    Raises:
+        ConfigError: ``default`` names an alias that no adapter has.
+    """
     if model.default == "base" or not model.adapters:
         return None
     for adapter in model.adapters:

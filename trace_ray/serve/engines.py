@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from trace_ray.errors import ServeError
 from trace_ray.serve.answers import DONE, Kind, event_text, read_event
 from trace_ray.serve.config import Route, ServedJudge
 from trace_ray.serve.requests import RequestError, error_row
@@ -44,6 +45,16 @@ class Engines:
         adapter = None if judge.path is None else judge.id
         return await self._handles[judge.base].judge.remote(adapter, rows)
 
+    async def load(self, base: str, adapter: dict[str, str]) -> None:
+        """Load an adapter into every engine of a base.
+
+        Raises:
+            Exception: an engine refuses it, or none answers in a minute.
+        """
+        answer = self._handles[base].broadcast("load", adapter)
+        if not await answer.results_async(timeout_s=60):
+            raise ServeError(f"adapter {adapter['id']}: no engine runs that could load it")
+
     async def begin(self, kind: Kind, body: dict[str, Any], route: Route) -> tuple[int, bool, Any]:
         """Send a request to its engine.
 
@@ -55,7 +66,7 @@ class Engines:
         """
         engine = self._handles[route.base].options(stream=True)
         for attempt in range(ATTEMPTS):
-            parts: Any = engine.complete.remote(kind, body, route.name, route.adapter_id)
+            parts: Any = engine.complete.remote(kind, body, route.name, route.adapter)
             try:
                 status, streaming = await anext(parts)
             except RayTaskError:

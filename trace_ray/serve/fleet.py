@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from trace_ray.config import FleetConfig, ModelConfig, load_config
@@ -18,6 +19,7 @@ from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import Store
 from trace_ray.serve.config import (
     Compliance,
+    Follow,
     ServeConfig,
     ServedAdapter,
     ServedJudge,
@@ -43,7 +45,18 @@ def serve_config(path: str) -> ServeConfig:
     if not any(model.adapters for model in models):
         raise ServeError(f"{path}: no model is registered yet: run trace-ray apply {path} first")
     first, records = config.models[0], config.serve.records
+    refresh_s = config.serve.aliases.refresh_s
+    follow = None
+    if refresh_s is not None:
+        follow = Follow(
+            uri=registry.uri,
+            prefix=registry.prefix,
+            experiment=config.tracking.experiment,
+            storage=os.path.abspath(config.storage),
+            refresh_s=refresh_s,
+        )
     return ServeConfig(
+        follow=follow,
         keys=config.serve.keys,
         limits=config.serve.limits,
         records=records or Records(),
@@ -121,6 +134,7 @@ def _served(
     return ServedModel(
         name=model.name,
         base=source.path,
+        base_digest=source.digest,
         chat_template=template if isinstance(template, str) else None,
         adapters=adapters,
         compliance=compliance,

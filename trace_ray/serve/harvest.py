@@ -40,6 +40,8 @@ def harvest(folder: Path, out: Path) -> Counter[str]:
     decisions: dict[tuple[str, int], dict[str, Any]] = {}
     edits: dict[tuple[str, int], str] = {}
     for row in read_records(folder):
+        if row["type"] == "request":  # how a request ended: no verdict
+            continue
         key = (row["request_id"], row["index"])
         if row["type"] == "edit":
             edits[key] = row.get("response", "")

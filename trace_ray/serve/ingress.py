@@ -6,28 +6,29 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from trace_ray.config.serve import Limits, Mode, Records
 from trace_ray.serve.admission import Admission
 from trace_ray.serve.answers import Kind
-from trace_ray.serve.config import ComplianceTable, Route
+from trace_ray.serve.calls import CLIENT_LEFT, Call, HeldStream, sticky_key, until_end
+from trace_ray.serve.config import ComplianceTable, Follow, Route, ServedModel
 from trace_ray.serve.engines import Engines, events
-from trace_ray.serve.keys import KeyRecord, Role
+from trace_ray.serve.follow import FleetSource, Follower
+from trace_ray.serve.keys import Role
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import effective_mode
 from trace_ray.serve.police import Police
 from trace_ray.serve.records import RecordWriter
-from trace_ray.serve.replica import BASE_NAME
 from trace_ray.serve.requests import (
     RequestError,
     chat_prompt,
@@ -37,6 +38,7 @@ from trace_ray.serve.requests import (
     take_mode,
     text_prompts,
 )
+from trace_ray.serve.table import NameTable
 from trace_ray.serve.turn import Turn
 from trace_ray.types import Prompt
 
@@ -44,6 +46,8 @@ ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
 MODE_HEADER = "x-trace-ray-compliance"
 REQUEST_HEADER = "x-request-id"
+FIRST_LOOK_S = 15
+"""Longest time that a start waits for the registry."""
 
 api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
 
@@ -62,33 +66,6 @@ async def _refused(request: Request, error: RequestError) -> JSONResponse:
     return JSONResponse(error.to_row(), error.status, error.headers)
 
 
-class HeldStream(StreamingResponse):
-    """A stream that gives back what it holds, also where the client leaves before it begins."""
-
-    def __init__(self, parts: AsyncIterator[str], headers: dict[str, str]) -> None:
-        super().__init__(parts, 200, headers, "text/event-stream")
-        self.held = ExitStack()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
-        with self.held:
-            await super().__call__(scope, receive, send)
-
-
-class Call(NamedTuple):
-    """A request that was let in."""
-
-    request: Request
-    key: KeyRecord | None
-    body: dict[str, Any]
-    route: Route
-
-    @property
-    def adapter(self) -> str:
-        """Who answers."""
-        return self.route.adapter_id or BASE_NAME
-
-
 @serve.deployment(name="ingress")
 @serve.ingress(api)
 class Ingress:
@@ -97,16 +74,39 @@ class Ingress:
     def __init__(self, engines: dict[str, DeploymentHandle]) -> None:
         """Take one handle per base directory; the rest comes with ``reconfigure``."""
         self._engines = Engines(engines)
-        self._routes: dict[str, Route] = {}
+        self._configured = NameTable()
+        self._follower: Follower | None = None
+        self._following: asyncio.Task[None] | None = None
         self._police: dict[str, Police] = {}
         self._since = int(time.time())
         self._metrics = Metrics()
         self._records: RecordWriter | None = None
 
-    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+    @property
+    def _table(self) -> NameTable:
+        """The names as they are now; each request takes its route from it once."""
+        return self._configured if self._follower is None else self._follower.table
+
+    def _follow(self, models: list[ServedModel], follow: Follow | None) -> None:
+        """Serve these models, and from now on as the registry names them."""
+        splits = self._table.splits
+        if self._following is not None:
+            self._following.cancel()
+        self._configured = NameTable.of(models, {})
+        self._follower = self._following = None
+        if follow is not None:
+            source, load = FleetSource(follow), self._engines.load
+            self._follower = Follower(source, follow.refresh_s, models, load, self._metrics)
+            self._follower.table = NameTable.of(models, splits)  # until the first look
+            self._following = asyncio.create_task(self._follower.run())
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Replace the tables: a new alias, mode, policy or limit takes effect with the next request."""
-        table = [Route.model_validate(route) for route in user_config["routes"]]
-        self._routes = {route.name: route for route in table}
+        follow, starts = user_config["follow"], not self._table.routes
+        self._follow(
+            [ServedModel.model_validate(row) for row in user_config["models"]],
+            None if follow is None else Follow.model_validate(follow),
+        )
         self._police = {
             name: Police(ComplianceTable.model_validate(row), self._engines.judge)
             for name, row in user_config["compliance"].items()
@@ -119,18 +119,24 @@ class Ingress:
         if (folder := user_config["records_folder"]) is not None:
             settings = Records.model_validate(user_config["records"])
             self._records = RecordWriter(folder, settings)
+        if starts and self._follower is not None:
+            # A replica that was restarted must not answer by what was champion at the last deploy.
+            await self._follower.looked(FIRST_LOOK_S)
 
     def check_health(self) -> None:
-        """Finish a file of records that is old; Serve calls this every few seconds."""
+        """Finish a file of records that is old; Serve calls this every few seconds.
+
+        While traffic is split it is always old enough: the rollout waits for it.
+        """
         if self._records is not None:
-            self._records.rotate()
+            self._records.rotate(close=bool(self._table.splits))
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> JSONResponse:
         """List every name that is answered to."""
         self._door.key(request)
         return JSONResponse(
-            {"object": "list", "data": [self._card(route) for route in self._routes.values()]}
+            {"object": "list", "data": [self._card(route) for route in self._table.routes.values()]}
         )
 
     @api.get("/v1/models/{name}")
@@ -155,17 +161,22 @@ class Ingress:
         """Answer 200 while requests are taken: every engine is up and there is room."""
         if self._door.full:
             return JSONResponse({"status": "busy"}, 503, {"retry-after": "1"})
-        return await self.healthz()
+        response = await self.healthz()
+        if response.status_code == 200 and self._follower is not None:
+            return JSONResponse({"status": "ok", "registry": self._follower.status()})
+        return response
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, whole or as server-sent events."""
-        return await self._counted("chat/completions", request, self._chat)
+        answer = partial(self._answer, "chat")
+        return await self._counted("chat/completions", request, answer, generates=True)
 
     @api.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         """Continue a text, whole or as server-sent events."""
-        return await self._counted("completions", request, self._completion)
+        answer = partial(self._answer, "completion")
+        return await self._counted("completions", request, answer, generates=True)
 
     @api.post("/v1/compliance/check")
     async def check(self, request: Request) -> Response:
@@ -178,10 +189,16 @@ class Ingress:
         return await self._counted("compliance/edits", request, self._edit)
 
     async def _counted(
-        self, path: str, request: Request, answer: Callable[[Call], Awaitable[Response]]
+        self,
+        path: str,
+        request: Request,
+        answer: Callable[[Call], Awaitable[Response]],
+        *,
+        generates: bool = False,
     ) -> Response:
-        """Let a request in, answer it, count it."""
+        """Let a request in, answer it, count it; record how it ended where a model generates."""
         started, model, status = time.monotonic(), "none", 500
+        ends: Call | None = None
         try:
             key = self._door.key(request)
             with ExitStack() as held:
@@ -189,12 +206,15 @@ class Ingress:
                 held.enter_context(self._door.place(key))
                 self._show_in_flight()
                 body = read_json(await self._door.body(request))
-                route = self._named(body)
-                model = route.model
+                call = Call(request, key, body, self._named(body), uuid.uuid4().hex, started)
+                model = call.route.model
+                if generates:
+                    call = ends = self._assigned(call)
                 async with asyncio.timeout(self._door.limits.timeout_s):
-                    response = await answer(Call(request, key, body, route))
+                    response = await answer(call)
                 status = response.status_code
                 if isinstance(response, HeldStream):
+                    ends = None  # it ends later
                     response.held.push(held.pop_all())
                 return response
         except TimeoutError:
@@ -203,8 +223,28 @@ class Ingress:
         except RequestError as error:
             status = error.status
             raise
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
         finally:
+            if ends is not None:
+                self._ended(ends, status)
             self._metrics.answered(path, model, status, time.monotonic() - started)
+
+    def _assigned(self, call: Call) -> Call:
+        """Return the call with the adapter that answers it, under a split of live traffic too."""
+        table = self._table
+        if table.split_of(call.route) is None:
+            return call
+        key = sticky_key(call.request.headers, call.body, call.request_id)
+        return call._replace(route=table.answerer(call.route, key), tried=True)
+
+    def _ended(self, call: Call, status: int) -> None:
+        """Record how a request ended; a disk that is full fails no request."""
+        row = call.outcome(status)
+        if row is not None and self._records is not None:
+            with suppress(OSError):
+                self._records.write(row)
 
     def _show_in_flight(self) -> None:
         self._metrics.in_flight(self._door.in_flight)
@@ -216,18 +256,13 @@ class Ingress:
         return self._route(name)
 
     def _route(self, name: str) -> Route:
-        route = self._routes.get(name)
+        table = self._table
+        route = table.routes.get(name)
         if route is None:
-            known = ", ".join(self._routes)
+            known = ", ".join(table.routes)
             message = f"The model `{name[:200]}` does not exist. Known: {known}"
             raise RequestError(404, message, "model", "NotFoundError")
         return route
-
-    async def _chat(self, call: Call) -> Response:
-        return await self._answer("chat", call)
-
-    async def _completion(self, call: Call) -> Response:
-        return await self._answer("completion", call)
 
     async def _answer(self, kind: Kind, call: Call) -> Response:
         body, route = call.body, call.route
@@ -236,9 +271,9 @@ class Ingress:
         headers = {
             ADAPTER_HEADER: call.adapter,
             MODE_HEADER: mode,
-            REQUEST_HEADER: uuid.uuid4().hex,
+            REQUEST_HEADER: call.request_id,
         }
-        turn = self._turn(kind, call, mode, headers[REQUEST_HEADER])
+        turn = self._turn(kind, call, mode)
         if turn is not None:
             headers[POLICY_HEADER] = turn.policy
         started = time.monotonic()
@@ -246,9 +281,11 @@ class Ingress:
         sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
         status, streaming, parts = await self._engines.begin(kind, sent, route)
         if streaming:
-            seen = self._watch(route.model, started, hide_usage=own_usage)
+            seen = self._metrics.watch(route.model, started, hide_usage=own_usage)
             stream = events(parts, started + self._door.limits.timeout_s, seen)
-            response = HeldStream(turn.streamed(stream) if turn else stream, headers)
+            stream = turn.streamed(stream) if turn else stream
+            ending = until_end(stream, lambda status: self._ended(call, status))
+            response = HeldStream(ending, headers)
             response.held.callback(parts.cancel)
             return response
         text = "".join([part async for part in parts])
@@ -279,7 +316,7 @@ class Ingress:
             raise RequestError(400, message, "compliance")
         return mode
 
-    def _turn(self, kind: Kind, call: Call, mode: Mode, request_id: str) -> Turn | None:
+    def _turn(self, kind: Kind, call: Call, mode: Mode) -> Turn | None:
         if mode == "off":
             return None
         return Turn(
@@ -288,7 +325,8 @@ class Ingress:
             model=call.route.model,
             adapter=call.adapter,
             mode=mode,
-            request_id=request_id,
+            request_id=call.request_id,
+            name=call.route.name,
             police=self._police[call.route.model],
             prompts=self._prompts(kind, call.body),
             metrics=self._metrics,
@@ -297,24 +335,6 @@ class Ingress:
 
     def _prompts(self, kind: Kind, body: Mapping[str, Any]) -> list[Prompt]:
         return [chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body)
-
-    def _watch(
-        self, model: str, started: float, *, hide_usage: bool
-    ) -> Callable[[dict[str, Any] | None], bool]:
-        """Return what counts a stream's tokens and the time to its first event."""
-        first = True
-
-        def seen(row: dict[str, Any] | None) -> bool:
-            nonlocal first
-            if first:
-                self._metrics.first_text(model, time.monotonic() - started)
-                first = False
-            if row is None or row.get("choices") or not row.get("usage"):
-                return True
-            self._metrics.tokens(model, row["usage"])
-            return not hide_usage
-
-        return seen
 
     async def _check(self, call: Call) -> Response:
         """Judge ``{model, messages | prompt, response}``."""

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
@@ -31,6 +32,7 @@ class Role(StrEnum):
 
 KEYS_ENV = "TRACE_RAY_KEYS"
 """Environment variable: a keys file's content, in the place of the file."""
+_log = logging.getLogger("ray.serve")
 _KEY = re.compile(r"tr-([0-9a-f]{8})-([A-Za-z0-9_-]{43})")
 
 
@@ -88,11 +90,16 @@ class Keys:
     """The keys of one endpoint, read again when their file has changed."""
 
     def __init__(self, path: str | None) -> None:
-        """Take the file, or none: then the environment's ``TRACE_RAY_KEYS``, or no keys at all."""
+        """Take the file, or none: then the environment's ``TRACE_RAY_KEYS``, or no keys at all.
+
+        Raises:
+            ConfigError: the file can't be read, or holds what is no key's record.
+        """
         self._path = Path(path) if path else None
         self._seen: tuple[int, int] | None = None
         self._records: dict[str, KeyRecord] = {}
         self._read()
+        self._problem = ""
 
     @property
     def required(self) -> bool:
@@ -100,8 +107,18 @@ class Keys:
         return self._path is not None or KEYS_ENV in os.environ
 
     def find(self, authorization: str | None) -> KeyRecord | None:
-        """Return the valid key that an ``Authorization: Bearer`` header holds, or None."""
-        self._read()
+        """Return the valid key that an ``Authorization: Bearer`` header holds, or None.
+
+        While the file is gone or damaged the keys last read stay valid: a request never fails by it.
+        """
+        try:
+            self._read()
+            problem = ""
+        except ConfigError as error:
+            problem = str(error)
+        if problem and problem != self._problem:
+            _log.error("%s; the keys stay as last read", problem)
+        self._problem = problem
         scheme, _, key = (authorization or "").partition(" ")
         match = _KEY.fullmatch(key.strip()) if scheme.lower() == "bearer" else None
         record = self._records.get(match[1]) if match else None
@@ -115,12 +132,14 @@ class Keys:
             return
         try:
             found = self._path.stat()
+            state = (found.st_mtime_ns, found.st_size)
+            if state != self._seen:
+                self._records = parse_keys(self._path.read_text(encoding="utf-8"), str(self._path))
+                self._seen = state
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-        state = (found.st_mtime_ns, found.st_size)
-        if state != self._seen:
-            self._records = parse_keys(self._path.read_text(encoding="utf-8"), str(self._path))
-            self._seen = state
+        except UnicodeDecodeError:
+            raise ConfigError(f"{self._path}: is not UTF-8 text") from None
 
 
 def read_keys(path: Path) -> dict[str, KeyRecord]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -31,6 +32,9 @@ class Metrics:
         self._agreement = _counter(
             "shadow_policy", "Replies judged under both policies", "model", "agree", "would_block"
         )
+        self._looks = _counter("alias_looks", "Looks at the registry's aliases", "result")
+        self._moves = _counter("alias_moves", "Names that lead to another adapter", "model")
+        self._refused = _counter("adapters_refused", "Versions not put in service", "model")
         self._in_flight = Gauge("trace_ray_in_flight", "Requests being answered")
 
     def answered(self, path: str, model: str, status: int, seconds: float) -> None:
@@ -48,9 +52,45 @@ class Metrics:
             if count := (usage or {}).get(name):
                 self._tokens.inc(count, tags={"model": model, "kind": kind})
 
+    def watch(
+        self, model: str, started: float, *, hide_usage: bool
+    ) -> Callable[[dict[str, Any] | None], bool]:
+        """Return what counts a stream's tokens and the time to its first event.
+
+        Args:
+            model: Who answers.
+            started: ``time.monotonic()`` of the request.
+            hide_usage: The client didn't ask for the usage: its event is left out (False).
+        """
+        first = True
+
+        def seen(row: dict[str, Any] | None) -> bool:
+            nonlocal first
+            if first:
+                self.first_text(model, time.monotonic() - started)
+                first = False
+            if row is None or row.get("choices") or not row.get("usage"):
+                return True
+            self.tokens(model, row["usage"])
+            return not hide_usage
+
+        return seen
+
     def in_flight(self, count: int) -> None:
         """Show how many requests are being answered."""
         self._in_flight.set(count)
+
+    def looked(self, result: str) -> None:
+        """Count a look at the registry: ``ok``, ``waiting`` for a change to end, or ``failed``."""
+        self._looks.inc(tags={"result": result})
+
+    def moved(self, model: str) -> None:
+        """Count a name of a model that leads to another adapter now."""
+        self._moves.inc(tags={"model": model})
+
+    def refused(self, model: str) -> None:
+        """Count a version of a model that was not put in service."""
+        self._refused.inc(tags={"model": model})
 
     def judged(self, model: str, policy: str, judged: Judged) -> None:
         """Count a verdict on a whole reply under the enforced policy."""

@@ -71,6 +71,8 @@ class EngineReplica:
         self._chat_template = chat_template
         self._config = EngineConfig.model_validate(engine)
         self._lock = asyncio.Lock()
+        self._digests: dict[str, str] = {}
+        """Id -> sha256 of what was loaded: a name never gets other weights in this engine."""
         self._engine: Any = None
         self._state: Any = None
         self._tokenizer: Any = None
@@ -93,6 +95,27 @@ class EngineReplica:
                 await self._start()
             await self._load(adapters)
 
+    async def load(self, adapter: Mapping[str, str]) -> None:
+        """Load one more adapter, where it is not loaded; those there stay.
+
+        Raises:
+            ServeError: its digest is wrong, its name is another's, or vLLM can't load it.
+        """
+        if self._is_loaded(adapter):
+            return
+        await asyncio.to_thread(check_digest, adapter["id"], adapter["path"], adapter["sha256"])
+        async with self._lock:
+            await self._add(adapter)
+
+    def _is_loaded(self, adapter: Mapping[str, str]) -> bool:
+        known = self._digests.get(adapter["id"], adapter["sha256"])
+        if known != adapter["sha256"]:
+            raise ServeError(
+                f"adapter {adapter['id']}: is loaded with digest {known[:12]}..., not "
+                f"{adapter['sha256'][:12]}...: new weights need a new id"
+            )
+        return adapter["id"] in self._state.openai_serving_models.lora_requests
+
     async def _start(self) -> None:
         _allow_plugin()
         from starlette.datastructures import State
@@ -114,25 +137,29 @@ class EngineReplica:
         await init_app_state(self._engine, self._state, arguments, supported_tasks=("generate",))
 
     async def _load(self, adapters: list[Mapping[str, Any]]) -> None:
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-        from vllm.entrypoints.serve.lora.protocol import (
-            LoadLoRAAdapterRequest,
-            UnloadLoRAAdapterRequest,
-        )
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
         models = self._state.openai_serving_models
         wanted = {adapter["id"]: adapter for adapter in adapters}
-        for adapter_id, adapter in wanted.items():
-            if adapter_id in models.lora_requests:
-                continue
-            request = LoadLoRAAdapterRequest(lora_name=adapter_id, lora_path=adapter["path"])
-            answer = await models.load_lora_adapter(request)
-            if isinstance(answer, ErrorResponse):
-                raise ServeError(f"adapter {adapter_id}: {answer.error.message}")
-            self._loads.inc(tags={"adapter": adapter_id, "act": "load"})
+        for adapter in wanted.values():
+            await self._add(adapter)
         for adapter_id in [name for name in models.lora_requests if name not in wanted]:
             await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
             self._loads.inc(tags={"adapter": adapter_id, "act": "forget"})
+
+    async def _add(self, adapter: Mapping[str, str]) -> None:
+        """Load an adapter that was checked; the lock is held."""
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        if self._is_loaded(adapter):
+            return
+        request = LoadLoRAAdapterRequest(lora_name=adapter["id"], lora_path=adapter["path"])
+        answer = await self._state.openai_serving_models.load_lora_adapter(request)
+        if isinstance(answer, ErrorResponse):
+            raise ServeError(f"adapter {adapter['id']}: {answer.error.message}")
+        self._digests[adapter["id"]] = adapter["sha256"]
+        self._loads.inc(tags={"adapter": adapter["id"], "act": "load"})
 
     async def check_health(self) -> None:
         """Raise when the engine is dead, so that Serve replaces this replica."""
@@ -145,7 +172,7 @@ class EngineReplica:
         return 0 if self._engine is None else os.getpid()
 
     async def complete(
-        self, kind: str, body: dict[str, Any], name: str, adapter_id: str | None
+        self, kind: str, body: dict[str, Any], name: str, adapter: dict[str, str] | None
     ) -> AsyncIterator[Any]:
         """Answer one OpenAI request.
 
@@ -153,16 +180,20 @@ class EngineReplica:
             kind: ``chat`` or ``completion``.
             body: The request's JSON.
             name: The model name that was asked for; echoed.
-            adapter_id: The adapter that answers; None is the base model.
+            adapter: ``{id, path, sha256}`` of the adapter that answers; None is the base model. It
+                is loaded first where a replica doesn't have it (yet, or since a restart).
 
         Yields:
             First ``(status, streaming)``, then the body's text in parts.
         """
+        answerer = BASE_NAME if adapter is None else adapter["id"]
         try:
-            answer = await self._handle(kind, body | {"model": adapter_id or BASE_NAME})
+            if adapter is not None:
+                await self.load(adapter)
+            answer = await self._handle(kind, body | {"model": answerer})
         except Exception as error:
             answer = _error(error)
-        mark = {"model": name, "system_fingerprint": adapter_id or BASE_NAME}
+        mark = {"model": name, "system_fingerprint": answerer}
         if hasattr(answer, "error"):
             yield answer.error.code, False
             yield answer.model_dump_json()

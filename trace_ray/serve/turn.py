@@ -48,6 +48,8 @@ class Turn:
     prompts: list[Prompt]
     metrics: Metrics
     records: RecordWriter | None = None
+    name: str = ""
+    """Under which the model was asked; empty = its own."""
     _judged: list[dict[str, Any]] = field(default_factory=list)
 
     def prompt_of(self, index: int) -> Prompt:
@@ -261,6 +263,7 @@ class Turn:
             "request_id": self.request_id,
             "index": index,
             "model": self.model,
+            "name": self.name or self.model,
             "adapter": self.adapter,
             "mode": self.mode,
             "policy": self.policy,

@@ -1,0 +1,292 @@
+"""Promotions, rollouts and a lost registry, seen by clients of the running endpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+import pytest
+import yaml
+from ray import serve
+
+from trace_ray.config.serve import Records
+from trace_ray.core.waves import Status
+from trace_ray.models.adapters import adapter_sha256
+from trace_ray.models.references import model_digest
+from trace_ray.rollout.promotion import Rollouts
+from trace_ray.rollout.waves import WaveRollout
+from trace_ray.runtime.audit_log import AuditLog
+from trace_ray.runtime.records import AdapterRecord
+from trace_ray.runtime.registry import Registry, default_uri
+from trace_ray.serve.config import ServeConfig
+from trace_ray.serve.fleet import serve_config
+from trace_ray.serve.records import read_records
+
+from .served_models import NEW, OLD, Post
+
+BODY = {
+    "model": "support",
+    "messages": [{"role": "user", "content": "Hello?"}],
+    "max_tokens": 16,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+
+
+class Fleet(NamedTuple):
+    path: str
+    storage: Path
+    registry: Registry
+
+    def register(self, adapter: Path, adapter_id: str, alias: str, base: str) -> None:
+        self.registry.register(
+            AdapterRecord(
+                name="support",
+                adapter_dir=adapter,
+                adapter_id=adapter_id,
+                adapter_sha256=adapter_sha256(adapter),
+                policy_id="acme",
+                policy_version=adapter_id.partition("@")[2],
+                policy_digest="p" * 64,
+                data_digest="d" * 64,
+                base="tiny",
+                base_revision="",
+                base_digest=base,
+                parent_adapter="",
+                objective="trace",
+                alias=alias,
+            )
+        )
+
+
+def said(post: Post, model: str) -> str:
+    return post("chat/completions", BODY | {"model": model})[1]["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, config: ServeConfig, post: Post) -> Fleet:
+    """A champion, and a challenger whose one answer is against the policy."""
+    at = tmp_path_factory.mktemp("fleet")
+    answers = {name: said(post, name) for name in (OLD, NEW)}
+    assert answers[OLD] != answers[NEW]
+    checks = {"must_not_match": f"^{re.escape(answers[NEW])}"}
+    clause = {"id": "c", "text": "Say something else.", "checks": checks}
+    (at / "policy.yaml").write_text(
+        yaml.safe_dump({"id": "acme", "version": "2", "clauses": [clause]})
+    )
+    (at / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    base = config.models[0].base
+    section = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": "support", "base": base}],
+        "storage": str(at / "storage"),
+        "serve": {"compliance": {"mode": "annotate"}, "aliases": {"refresh_s": 0.2}},
+        "rollout": {"waves": [{"models": ["support"], "share": 0.5, "soak_s": 0}]},
+    }
+    (at / "fleet.yaml").write_text(yaml.safe_dump(section))
+    storage = at / "storage"
+    found = Fleet(str(at / "fleet.yaml"), storage, Registry(default_uri(storage)))
+    digest = model_digest(Path(base), storage / "models")
+    for adapter, alias in zip(config.models[0].adapters, ("champion", "challenger"), strict=True):
+        found.register(Path(adapter.path), adapter.id, alias, digest)
+    gate = {"verdict": "promote", "reasons": []}
+    row = {"name": "support", "registered_as": "trace-support/2", "gate": gate}
+    AuditLog(storage / "audit").append("realign", {}, {"models": [row]})
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def followed(fleet: Fleet, config: ServeConfig, url: str) -> Iterator[None]:
+    """Let the shared endpoint serve the fleet's model as ``trace-ray serve`` would, and back."""
+    from trace_ray.serve.app import APP_NAME, build_app
+
+    made = serve_config(fleet.path)
+    assert made.follow is not None
+    model = made.models[0].model_copy(update={"chat_template": None})
+    changes = {
+        "models": [model, *config.models[1:]],
+        "follow": made.follow,
+        "records": Records(rows=1),
+        "records_folder": made.records_folder,
+    }
+    serve.run(build_app(config.model_copy(update=changes)), name=APP_NAME)
+    until(lambda: registry_seen(url)["read_s_ago"] is not None)
+    yield
+    serve.run(build_app(config), name=APP_NAME)
+
+
+def registry_seen(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/readyz", timeout=60) as answer:
+        return json.load(answer)["registry"]
+
+
+def until(true: Callable[[], bool], most_s: float = 180) -> None:
+    deadline = time.monotonic() + most_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Clients:
+    """Clients that send one request after the other, from several threads, until they are left."""
+
+    def __init__(self, post: Post, n: int = 3) -> None:
+        self.answers: list[tuple[float, int, str, str]] = []
+        """(sent at, status, adapter of the header, adapter of the body)."""
+        self._post, self._stop = post, threading.Event()
+        self._threads = [threading.Thread(target=self._send) for _ in range(n)]
+
+    def _send(self) -> None:
+        while not self._stop.is_set():
+            sent = time.monotonic()
+            status, answer, headers = self._post("chat/completions", BODY)
+            found = (headers["x-trace-ray-adapter"], answer.get("system_fingerprint", ""))
+            self.answers.append((sent, status, *found))
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def until_only(self, adapter: str) -> None:
+        """Wait for 10 answers in a row by one adapter."""
+        until(lambda: [row[2] for row in self.answers[-10:]] == [adapter] * 10)
+
+
+def test_a_promotion_reaches_clients_without_a_restart_or_a_failure(
+    fleet: Fleet, post: Post, client: openai.OpenAI
+) -> None:
+    from trace_ray.serve.app import APP_NAME
+
+    engine = serve.get_deployment_handle("engine-0", APP_NAME)
+    pid = engine.ping.remote().result()
+    with Clients(post) as clients:
+        clients.until_only(OLD)
+        long: Any = BODY | {"max_tokens": 300}
+        del long["ignore_eos"]
+        stream = client.chat.completions.create(
+            **long, stream=True, extra_body={"ignore_eos": True}
+        )
+        under_way = [next(iter(stream))]
+        assert Rollouts(fleet.path).promote() is not None
+        moved = time.monotonic()
+        clients.until_only(NEW)
+        under_way += list(stream)
+        assert {event.system_fingerprint for event in under_way if event.choices} == {OLD}
+        assert [c.finish_reason for e in under_way for c in e.choices][-1] == "length"
+        assert Rollouts(fleet.path).rollback() is not None
+        clients.until_only(OLD)
+    assert {status for _, status, _, _ in clients.answers} == {200}
+    assert all(header == body for _, _, header, body in clients.answers)
+    first = min(sent for sent, _, adapter, _ in clients.answers if adapter == NEW)
+    print(f"the first request by the new champion was sent {first - moved:.2f} s after the move")
+    assert engine.ping.remote().result() == pid
+    assert post("chat/completions", BODY | {"model": NEW})[0] == 200  # ids stay
+
+
+def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
+    fleet: Fleet, post: Post
+) -> None:
+    fleet.registry.set_alias("trace-support", "challenger", 2)
+    rollout = WaveRollout(fleet.path)
+    rollout.start()
+    numbers, by_key = itertools.count(), dict[str, set[str]]()
+
+    def send(number: int) -> int:
+        key = f"user-{number % 25}"
+        status, _, headers = post("chat/completions", BODY, {"x-request-key": key})
+        by_key.setdefault(key, set()).add(headers["x-trace-ray-adapter"])
+        return status
+
+    until(lambda: send(next(numbers)) == 200 and {NEW} in by_key.values())
+    by_key.clear()
+    statuses, state = set[int](), None
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(30):
+            statuses |= set(pool.map(send, itertools.islice(numbers, 20)))
+            state, actions = rollout.step()
+            if state.status is not Status.RUNNING:
+                break
+    assert state is not None
+    assert (state.status, actions[0].what) == (Status.STOPPED, "withdraw")
+    assert "compliance is worse" in state.reason
+    assert statuses == {200}
+    assert set().union(*by_key.values()) == {OLD, NEW}
+    assert all(len(adapters) == 1 for adapters in by_key.values())  # sticky
+    with Clients(post) as clients:
+        clients.until_only(OLD)
+    assert {status for _, status, _, _ in clients.answers} == {200}
+    rows = [row for row in read_records(fleet.storage / "records") if row["type"] == "request"]
+    assert {(row["adapter"], row["failed"]) for row in rows} == {(OLD, False), (NEW, False)}
+    assert all(row["request_s"] > 0 for row in rows)
+
+
+def register_like(
+    fleet: Fleet,
+    config: ServeConfig,
+    folder: Path,
+    name: str,
+    alpha: int,
+    alias: str = "challenger",
+) -> None:
+    """Register the challenger's weights once more, scaled otherwise."""
+    adapter = shutil.copytree(config.models[0].adapters[1].path, folder / str(alpha))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": alpha}))
+    digest = model_digest(Path(config.models[0].base), fleet.storage / "models")
+    fleet.register(adapter, name, alias, digest)
+
+
+def test_an_adapter_that_is_new_to_the_engine_is_loaded_while_it_runs(
+    fleet: Fleet, post: Post, config: ServeConfig, tmp_path: Path
+) -> None:
+    third = "support@2026.3-cccccccc"
+    assert post("chat/completions", BODY | {"model": third})[0] == 404
+    register_like(fleet, config, tmp_path, third, 3)
+    asked = BODY | {"model": "support@challenger"}
+    until(lambda: post("chat/completions", asked)[0] == 200)
+    status, answer, headers = post("chat/completions", asked)
+    assert (status, headers["x-trace-ray-adapter"]) == (200, third)
+    assert answer["system_fingerprint"] == third
+    assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
+
+
+def test_an_adapter_that_was_changed_and_a_lost_registry_leave_the_names(
+    fleet: Fleet, post: Post, url: str, config: ServeConfig, tmp_path: Path
+) -> None:
+    asked = BODY | {"model": "support@challenger"}
+    before = post("chat/completions", asked)[2]["x-trace-ray-adapter"]
+    register_like(fleet, config, tmp_path, "support@2026.4-dddddddd", 4, alias="")
+    for stored in fleet.storage.glob("mlartifacts/**/adapter_config.json"):
+        settings = json.loads(stored.read_text())
+        if settings["lora_alpha"] == 4:
+            stored.write_text(json.dumps(settings | {"lora_alpha": 5}))
+    fleet.registry.set_alias("trace-support", "challenger", 4)
+    fleet.registry.set_alias("trace-support", "champion", 4)
+    until(lambda: registry_seen(url)["refused"] == ["support version 4"])
+    assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
+    assert post("chat/completions", asked)[2]["x-trace-ray-adapter"] == before
+    database = fleet.storage / "mlflow.db"
+    database.rename(fleet.storage / "away.db")
+    until(lambda: registry_seen(url)["problem"] == "the registry can't be read")
+    assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
+    (fleet.storage / "away.db").rename(database)
+    fleet.registry.set_alias("trace-support", "champion", 1)
+    until(lambda: registry_seen(url)["problem"] == "")
