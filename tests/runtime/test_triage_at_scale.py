@@ -14,10 +14,13 @@ import pytest
 import ray
 
 from trace_ray.config import JudgeConfig
+from trace_ray.core.checks import evaluate_policy
 from trace_ray.core.policy import parse_policy
-from trace_ray.core.triage import in_review
+from trace_ray.core.triage import in_review, triage
 from trace_ray.data.sources import pair_schema
+from trace_ray.data.synthetic import generate
 from trace_ray.errors import JudgeError
+from trace_ray.rollout.plan import load_policy
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.judges import JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Board, Reporter
@@ -32,6 +35,7 @@ from trace_ray.runtime.triage import (
 from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
 from trace_ray.types import Category, Label, Message, PreferencePair, Verdict, response_id
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CLAUSES = [
     {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "foo"}},
     {"id": "no-bar", "text": "Never say bar.", "checks": {"must_not_match": "bar"}},
@@ -150,6 +154,21 @@ def test_the_fast_content_id_is_the_content_id():
     prompt = (Message("system", 'a "b" \u2028'), Message("user", "é\ud800\n"))
     key = _PromptKey([message.to_row() for message in prompt])
     assert key.response_id("réponse\t") == response_id(prompt, "réponse\t")
+
+
+def test_a_batch_gives_what_judging_row_by_row_gives(store):
+    policy = load_policy(str(EXAMPLES / "policy-2026.2.yaml"))
+    rows = [gold.pair for gold in generate(seed=3).pairs]
+    expected = []
+    for pair in rows:
+        chosen, rejected = (
+            evaluate_policy(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected)
+        )
+        needed = rejected if chosen.label is Label.VIOLATES else None
+        expected.append(triage(pair, chosen, needed).to_row())
+    found, _, _ = judged(rows, rule_judge(policy), store)
+    assert {row["category"] for row in found} >= {"invert", "punish", "retain"}
+    assert [{key: row[key] for key in expected[0]} for row in found] == expected
 
 
 def test_runs_that_write_at_once_and_gc_lose_nothing(store):

@@ -163,6 +163,9 @@ class PolicyRules:
         }
         skipped = len(self.clauses) - len(self.checked)
         self.caveat = f"clauses without checks, not judged: {skipped}" if skipped else ""
+        self.complies = Verdict(
+            Label.COMPLIES, 0.0, self.judge_id, reason=self.caveat, provenance="rules"
+        )
 
     def verdict(self, prompt: Prompt, response: str) -> Verdict:
         """Judge one reply by the whole policy: see ``evaluate_policy``."""
@@ -174,7 +177,7 @@ class PolicyRules:
         found = next(self._violations(*texts), None)
         if found:
             return self._violates(*found)
-        return Verdict(Label.COMPLIES, 0.0, self.judge_id, reason=self.caveat, provenance="rules")
+        return self.complies
 
     def clause_verdict(self, clause: Clause, prompt: Prompt, response: str) -> Verdict:
         """Judge one reply by one clause alone; where the clause doesn't apply, the reply complies."""
@@ -288,7 +291,10 @@ def rule_disagreements(policy: Policy) -> tuple[str, ...]:
 
 
 def _last_user_turn(prompt: Prompt) -> str:
-    return next((turn.content for turn in reversed(prompt) if turn.role == "user"), "")
+    for turn in reversed(prompt):
+        if turn.role == "user":
+            return turn.content
+    return ""
 
 
 def _plain(text: str) -> str:

@@ -9,6 +9,7 @@ only when it is whole, so no row is lost or written twice.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -80,6 +81,8 @@ class TriageBatch:
         self.counting.start()
         self.judge = StoredJudge(spec, self.model, store)
         self.judge_both = spec.config.judge_both
+        # What is here now stays: the collector needn't look at it again for every batch of rows.
+        gc.freeze()
 
     def __call__(self, batch: Any) -> Any:
         """Triage one pyarrow table of pairs."""
@@ -127,16 +130,23 @@ class _PromptKey:
 
     def __init__(self, rows: list[dict[str, str]]):
         self.prompt: Prompt = prompt_from_rows(rows)
-        rows = [{"content": row["content"], "role": row["role"]} for row in rows]
         self.digest = hashlib.sha256(f"[{_canonical(rows)},".encode("utf-8", "surrogatepass"))
 
     def response_id(self, response: str) -> str:
         digest = self.digest.copy()
-        digest.update(f"{_canonical(response)}]".encode("utf-8", "surrogatepass"))
+        digest.update(f"{_quoted(response)}]".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
 
-_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _canonical(rows: list[dict[str, str]]) -> str:
+    """Return a prompt as ``types.content_digest`` writes it."""
+    turns = [
+        f'{{"content":{_quoted(row["content"])},"role":{_quoted(row["role"])}}}' for row in rows
+    ]
+    return f"[{','.join(turns)}]"
 
 
 def verdict_type() -> Any:
@@ -169,13 +179,15 @@ def _verdict_column(verdicts: Sequence[Verdict | None]) -> Any:
     """Return verdicts as one column: built field by field, and typed even where all are missing."""
     import pyarrow as pa
 
+    # Rules say the same of many replies, with one object: each is written out once.
+    distinct: dict[int, Verdict] = {id(v): v for v in verdicts if v is not None}
+    places = {key: place for place, key in enumerate(distinct)}
     kind = verdict_type()
-    absent = pa.array([verdict is None for verdict in verdicts], pa.bool_())
     fields = [
-        pa.array([None if v is None else getattr(v, field.name) for v in verdicts], field.type)
-        for field in kind
+        pa.array([getattr(v, field.name) for v in distinct.values()], field.type) for field in kind
     ]
-    return pa.StructArray.from_arrays(fields, fields=list(kind), mask=absent)
+    each = pa.StructArray.from_arrays(fields, fields=list(kind))
+    return each.take(pa.array([None if v is None else places[id(v)] for v in verdicts], pa.int64()))
 
 
 def _with_prompt_key(table: Any) -> Any:
