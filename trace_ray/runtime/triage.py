@@ -15,7 +15,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,45 +28,12 @@ from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.tally import Counting, Tally
+from trace_ray.runtime.triaged import COUNTERS, MOST_ROWS, SPEED, sort_file, verdict_type
 from trace_ray.runtime.verdict_store import VerdictStore
-from trace_ray.types import Label, Prompt, TriagedPair, Verdict, prompt_from_rows
+from trace_ray.types import Label, Prompt, Verdict, prompt_from_rows
 
-COUNTERS = ("judge_calls", "cache_hits", "input_tokens", "output_tokens", "engine_tokens")
-SPEED = "_speed.json"
-"""Beside the parquet files; readers of the folder pass over names with an underscore."""
 _RULE_BATCH = 4096
 _BLOCKS_PER_ACTOR = 4
-_MOST_ROWS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeCounts:
-    """What a triage cost."""
-
-    judge_calls: int = 0
-    """Questions put to the judge."""
-    cache_hits: int = 0
-    """Questions answered by stored verdicts or by people."""
-    input_tokens: int = 0
-    """Tokens sent to an endpoint."""
-    output_tokens: int = 0
-    """Tokens an endpoint answered with."""
-    engine_tokens: int = 0
-    """Tokens that engines of ours read."""
-    rows: int = 0
-    wall_s: float = 0.0
-    """Seconds from the first judge that was ready to the last row written; 0 where nothing was done."""
-
-    @property
-    def speed(self) -> dict[str, float | None]:
-        """``rows_per_s`` and ``tokens_per_s``; None where nothing was done."""
-        tokens = self.input_tokens + self.engine_tokens
-        done = {"rows_per_s": self.rows, "tokens_per_s": tokens}
-        return {k: round(n / self.wall_s, 1) if self.wall_s else None for k, n in done.items()}
-
-    def reused(self) -> JudgeCounts:
-        """The counts of a run that found this triage done."""
-        return JudgeCounts(cache_hits=self.judge_calls + self.cache_hits)
 
 
 class TriageBatch:
@@ -149,32 +115,6 @@ def _canonical(rows: list[dict[str, str]]) -> str:
     return f"[{','.join(turns)}]"
 
 
-def verdict_type() -> Any:
-    """The parquet type of a verdict within a triaged row."""
-    import pyarrow as pa
-
-    return pa.struct(
-        [
-            ("label", pa.string()),
-            ("p_violate", pa.float64()),
-            ("judge_id", pa.string()),
-            ("clause", pa.string()),
-            ("reason", pa.string()),
-            ("raw", pa.string()),
-            ("provenance", pa.string()),
-        ]
-    )
-
-
-def triaged_schema() -> Any:
-    """The parquet schema of triaged rows."""
-    import pyarrow as pa
-
-    verdicts = [(f"verdict_{side}", verdict_type()) for side in ("chosen", "rejected")]
-    counters = [(name, pa.int64()) for name in COUNTERS]
-    return pa.schema([*pair_schema(), ("category", pa.string()), *verdicts, *counters])
-
-
 def _verdict_column(verdicts: Sequence[Verdict | None]) -> Any:
     """Return verdicts as one column: built field by field, and typed even where all are missing."""
     import pyarrow as pa
@@ -208,7 +148,7 @@ def triage_pairs(
     store: VerdictStore | None,
     reporter: Reporter | None = None,
 ) -> None:
-    """Judge and triage parquet of pairs into the folder ``out`` of parquet files.
+    """Judge and triage parquet of pairs into the folder ``out``, which ``TriagedRows`` reads.
 
     Args:
         pairs: a parquet file, or a folder of them.
@@ -242,6 +182,8 @@ def triage_pairs(
     )
     with own_errors():
         triaged.write_parquet(str(out))
+        sort: Any = ray.remote(sort_file)
+        result([sort.remote(path) for path in out.absolute().glob("*.parquet")])
         write_json(out / SPEED, {"wall_s": result(tally.seconds.remote())})
 
 
@@ -286,7 +228,7 @@ def _n_blocks(rows: int, batch_size: int, actors: int) -> int:
     Left to itself it cuts by bytes alone, and one actor of many would get all of a small file. A
     block holds at least a batch, and at most what one output file should hold.
     """
-    wanted = max(_BLOCKS_PER_ACTOR * actors, math.ceil(rows / _MOST_ROWS))
+    wanted = max(_BLOCKS_PER_ACTOR * actors, math.ceil(rows / MOST_ROWS))
     return max(1, min(wanted, math.ceil(rows / batch_size)))
 
 
@@ -300,15 +242,3 @@ def _check_room(judge_cpus: float) -> None:
             f"the judge's actors hold {judge_cpus:g} of the cluster's {available:g} CPUs, and reading "
             "needs one more: lower judge.actors or judge.resources.num_cpus (threads can stay higher)"
         )
-
-
-def read_triaged(folder: Path) -> tuple[list[TriagedPair], JudgeCounts]:
-    """Return the triaged rows in a stable order, and what judging them cost."""
-    from trace_ray.runtime.store import read_rows
-
-    rows = read_rows(folder)
-    triaged = sorted((TriagedPair.from_row(row) for row in rows), key=lambda row: row.pair_id)
-    spent = {name: sum(row.get(name, 0) for row in rows) for name in COUNTERS}
-    speed = folder / SPEED
-    wall_s = json.loads(speed.read_text())["wall_s"] if speed.exists() else None
-    return triaged, JudgeCounts(**spent, rows=len(rows), wall_s=wall_s or 0.0)
