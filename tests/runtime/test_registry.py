@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from trace_ray.errors import ModelError, RegistryError
 from trace_ray.models.adapters import adapter_sha256, check_adapter, read_base_digest
-from trace_ray.runtime.aliases import FleetAliases
+from trace_ray.runtime.fleet_aliases import FleetAliases
 from trace_ray.runtime.registry import AdapterRecord, Registry, default_uri
 
 CONFIG = {

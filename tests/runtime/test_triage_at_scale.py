@@ -14,24 +14,27 @@ import pytest
 import ray
 
 from trace_ray.config import JudgeConfig
+from trace_ray.core.checks import evaluate_policy
 from trace_ray.core.policy import parse_policy
-from trace_ray.core.triage import in_review
+from trace_ray.core.triage import in_review, triage
 from trace_ray.data.sources import pair_schema
+from trace_ray.data.synthetic import generate
 from trace_ray.errors import JudgeError
+from trace_ray.rollout.plan import load_policy
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.judges import JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Board, Reporter
 from trace_ray.runtime.tally import shown
 from trace_ray.runtime.triage import (
-    JudgeCounts,
     TriageBatch,
     _n_blocks,
-    read_triaged,
     triage_pairs,
 )
+from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
 from trace_ray.types import Category, Label, Message, PreferencePair, Verdict, response_id
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CLAUSES = [
     {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "foo"}},
     {"id": "no-bar", "text": "Never say bar.", "checks": {"must_not_match": "bar"}},
@@ -70,6 +73,11 @@ def judged(rows, spec, store):
     out = TriageBatch(spec, store)(batch)
     calls, hits = (sum(out.column(name).to_pylist()) for name in ("judge_calls", "cache_hits"))
     return out.to_pylist(), calls, hits
+
+
+def read(folder):
+    rows = TriagedRows(folder)
+    return list(rows), rows.judged()
 
 
 @pytest.fixture
@@ -152,6 +160,21 @@ def test_the_fast_content_id_is_the_content_id():
     assert key.response_id("réponse\t") == response_id(prompt, "réponse\t")
 
 
+def test_a_batch_gives_what_judging_row_by_row_gives(store):
+    policy = load_policy(str(EXAMPLES / "policy-2026.2.yaml"))
+    rows = [gold.pair for gold in generate(seed=3).pairs]
+    expected = []
+    for pair in rows:
+        chosen, rejected = (
+            evaluate_policy(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected)
+        )
+        needed = rejected if chosen.label is Label.VIOLATES else None
+        expected.append(triage(pair, chosen, needed).to_row())
+    found, _, _ = judged(rows, rule_judge(policy), store)
+    assert {row["category"] for row in found} >= {"invert", "punish", "retain"}
+    assert [{key: row[key] for key in expected[0]} for row in found] == expected
+
+
 def test_runs_that_write_at_once_and_gc_lose_nothing(store):
     spec, rows = scripted(policy_of()), pairs(200)
     threads = [
@@ -198,14 +221,14 @@ def test_triage_through_ray_with_rules_over_a_folder_of_shards(ray_cluster, tmp_
     assert (line.stage, line.done, line.total) == ("triage", 60, 60)
     assert "15 invert, 15 punish, 30 retain; " in line.note
     assert "verdicts/s" in line.note
-    rows, counts = read_triaged(tmp_path / "one")
+    rows, counts = read(tmp_path / "one")
     assert counts.rows == 60
     assert counts.speed["rows_per_s"] > 0
     expected = {"retain": 30, "invert": 15, "punish": 15}
     assert Counter(str(row.category) for row in rows) == expected
     assert (counts.judge_calls, counts.cache_hits) == (90, 0)
     triage_pairs(tmp_path / "pairs", tmp_path / "two", spec, store)
-    again, counts = read_triaged(tmp_path / "two")
+    again, counts = read(tmp_path / "two")
     assert (counts.judge_calls, counts.cache_hits) == (0, 90)
     assert again == rows
     assert counts.reused() == JudgeCounts(cache_hits=90)
@@ -253,7 +276,7 @@ def test_a_judge_actor_that_is_killed_loses_no_row_and_doubles_none(ray_cluster,
     triage_pairs(source, tmp_path / "out", spec, store)
     thread.join()
     assert killed
-    rows, counts = read_triaged(tmp_path / "out")
+    rows, counts = read(tmp_path / "out")
     assert Counter(row.pair_id for row in rows) == {row.pair_id: 1 for row in pairs(160)}
     assert Counter(str(row.category) for row in rows) == {"retain": 80, "invert": 40, "punish": 40}
     assert counts.judge_calls + counts.cache_hits == 240
@@ -289,7 +312,7 @@ def test_every_actor_of_a_pool_gets_rows_of_a_small_file(ray_cluster, tmp_path):
     config = {"actors": 2, "resources": {"num_cpus": 0.4}, "batch_size": 8, "delay_s": 0.05}
     store = VerdictStore(str(tmp_path / "verdicts"))
     triage_pairs(source, tmp_path / "out", scripted(policy_of(), **config), store)
-    rows, _ = read_triaged(tmp_path / "out")
+    rows, _ = read(tmp_path / "out")
     assert len(rows) == 64
     assert len(list((tmp_path / "out").glob("*.parquet"))) >= 4  # as many as actors could take
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from trace_ray.core.prefilter import folded, may_match, required_words
 from trace_ray.types import Label, Prompt, Verdict
 
 if TYPE_CHECKING:
@@ -162,6 +163,9 @@ class PolicyRules:
         }
         skipped = len(self.clauses) - len(self.checked)
         self.caveat = f"clauses without checks, not judged: {skipped}" if skipped else ""
+        self.complies = Verdict(
+            Label.COMPLIES, 0.0, self.judge_id, reason=self.caveat, provenance="rules"
+        )
 
     def verdict(self, prompt: Prompt, response: str) -> Verdict:
         """Judge one reply by the whole policy: see ``evaluate_policy``."""
@@ -173,7 +177,7 @@ class PolicyRules:
         found = next(self._violations(*texts), None)
         if found:
             return self._violates(*found)
-        return Verdict(Label.COMPLIES, 0.0, self.judge_id, reason=self.caveat, provenance="rules")
+        return self.complies
 
     def clause_verdict(self, clause: Clause, prompt: Prompt, response: str) -> Verdict:
         """Judge one reply by one clause alone; where the clause doesn't apply, the reply complies."""
@@ -287,26 +291,40 @@ def rule_disagreements(policy: Policy) -> tuple[str, ...]:
 
 
 def _last_user_turn(prompt: Prompt) -> str:
-    return next((turn.content for turn in reversed(prompt) if turn.role == "user"), "")
+    for turn in reversed(prompt):
+        if turn.role == "user":
+            return turn.content
+    return ""
 
 
 def _plain(text: str) -> str:
-    return text.translate(_QUOTES)
+    return text if text.isascii() else text.translate(_QUOTES)
+
+
+Prepared = tuple[re.Pattern[str], tuple[str, ...]]
+"""A pattern, and words of which a text holds one where the pattern is found."""
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
+def _compiled(pattern: str) -> Prepared:
+    return re.compile(pattern, re.IGNORECASE), required_words(pattern)
 
 
 @lru_cache(maxsize=4096)
-def _phrase(phrase: str) -> re.Pattern[str]:
+def _phrase(phrase: str) -> Prepared:
     words = r"\s+".join(re.escape(word) for word in _plain(phrase).split())
-    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    return _compiled(rf"(?<!\w){words}(?!\w)")
 
 
+def _search(prepared: Prepared, text: str) -> re.Match[str] | None:
+    pattern, words = prepared
+    return pattern.search(text) if may_match(words, folded(text)) else None
+
+
+@lru_cache(maxsize=64)
 def _find(pattern: str, text: str) -> re.Match[str] | None:
-    return _compiled(pattern).search(text)
+    """Several clauses ask the same of one reply."""
+    return _search(_compiled(pattern), text)
 
 
 @lru_cache(maxsize=16_384)
@@ -316,7 +334,7 @@ def _prompt_matches(pattern: str, prompt: str) -> bool:
 
 
 def _has(phrase: str, text: str) -> bool:
-    return _phrase(phrase).search(text) is not None
+    return _search(_phrase(phrase), text) is not None
 
 
 def _included(phrases: PhraseSet | None, text: str) -> str | None:
@@ -351,7 +369,8 @@ def _matched(must: tuple[str, ...], must_not: tuple[str, ...], text: str) -> str
 
 
 def _word_count(low: int | None, high: int | None, text: str) -> str | None:
-    words = len(text.split())
+    # No more words than a limit needs: texts may be long.
+    words = len(text.split(maxsplit=-1 if low is None or high is not None else low))
     if low is not None and words < low:
         return f"{words} words, fewer than min_words {low}"
     if high is not None and words > high:

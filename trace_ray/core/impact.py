@@ -56,8 +56,40 @@ class GoldPair:
         return cls(prompt, row["chosen"], row["rejected"], row["pair_id"], Category(row["kind"]))
 
 
+@dataclass(frozen=True, slots=True)
+class GoldPick:
+    """A triaged pair that the gold batch takes."""
+
+    pair_id: str
+    kind: Category
+    """The pair's category."""
+    compliant: str | None = None
+    """For a PUNISH pair, id of the RETAIN or INVERT pair whose compliant response stands in."""
+
+    def pair(self, rows: Mapping[str, TriagedPair]) -> GoldPair:
+        """Return the gold pair; ``rows`` holds, by id, those that the pick names."""
+        row = rows[self.pair_id].pair
+        chosen, rejected = row.chosen, row.rejected
+        if self.kind is Category.INVERT:
+            chosen, rejected = row.rejected, row.chosen
+        elif self.compliant is not None:
+            other = rows[self.compliant]
+            kept = other.category is Category.RETAIN
+            chosen, rejected = other.pair.chosen if kept else other.pair.rejected, row.chosen
+        return GoldPair(row.prompt, chosen, rejected, self.pair_id, self.kind)
+
+
 def gold_batch(triaged: Sequence[TriagedPair], size: int, seed: int) -> list[GoldPair]:
-    """Return the gold batch (Algorithm 2), sampled uniformly without replacement.
+    """Return the gold batch of rows in memory: see ``gold_picks``."""
+    by_id = {row.pair_id: row for row in triaged}
+    ids: dict[Category, list[str]] = {category: [] for category in Category}
+    for pair_id in sorted(by_id):
+        ids[by_id[pair_id].category].append(pair_id)
+    return [pick.pair(by_id) for pick in gold_picks(ids, size, seed)]
+
+
+def gold_picks(ids: Mapping[Category, Sequence[str]], size: int, seed: int) -> list[GoldPick]:
+    """Return what the gold batch takes (Algorithm 2), sampled uniformly without replacement.
 
     - up to floor(size / 3) RETAIN pairs as (x, y_w over y_l);
     - up to floor(size / 3) INVERT pairs as (x, y_l over y_w);
@@ -65,7 +97,7 @@ def gold_batch(triaged: Sequence[TriagedPair], size: int, seed: int) -> list[Gol
       (y_w of RETAIN, y_l of INVERT pairs); none where there is no compliant response.
 
     Args:
-        triaged: rows in any order, which doesn't change the result; UNJUDGED rows are not used.
+        ids: of the triaged rows of each category, in order; UNJUDGED rows are not used.
         size: B, the most pairs to return.
         seed: of the sampling.
 
@@ -73,27 +105,24 @@ def gold_batch(triaged: Sequence[TriagedPair], size: int, seed: int) -> list[Gol
         At most ``size`` pairs; empty where no row can be used.
     """
     rng = np.random.default_rng(seed)
-    by_category: dict[Category, list[tuple[str, TriagedPair]]] = {c: [] for c in Category}
-    for pair_id, row in sorted(((row.pair_id, row) for row in triaged), key=lambda item: item[0]):
-        by_category[row.category].append((pair_id, row))
 
-    def sample(category: Category, n: int) -> list[tuple[str, TriagedPair]]:
-        rows = by_category[category]
-        return [rows[i] for i in rng.choice(len(rows), min(n, len(rows)), replace=False)]
+    def sample(category: Category, n: int) -> list[str]:
+        rows = ids[category]
+        return [rows[int(i)] for i in rng.choice(len(rows), min(n, len(rows)), replace=False)]
 
-    gold: list[GoldPair] = []
-    for pair_id, row in sample(Category.RETAIN, size // 3):
-        x, y_w, y_l = row.pair.prompt, row.pair.chosen, row.pair.rejected
-        gold.append(GoldPair(x, y_w, y_l, pair_id, Category.RETAIN))
-    for pair_id, row in sample(Category.INVERT, size // 3):
-        x, y_w, y_l = row.pair.prompt, row.pair.chosen, row.pair.rejected
-        gold.append(GoldPair(x, y_l, y_w, pair_id, Category.INVERT))
-    compliant = [row.pair.chosen for _, row in by_category[Category.RETAIN]]
-    compliant += [row.pair.rejected for _, row in by_category[Category.INVERT]]
-    if compliant:
-        for pair_id, row in sample(Category.PUNISH, size - len(gold)):
-            y_c = compliant[rng.integers(len(compliant))]
-            gold.append(GoldPair(row.pair.prompt, y_c, row.pair.chosen, pair_id, Category.PUNISH))
+    gold = [
+        GoldPick(pair_id, category)
+        for category in (Category.RETAIN, Category.INVERT)
+        for pair_id in sample(category, size // 3)
+    ]
+    retained, inverted = ids[Category.RETAIN], ids[Category.INVERT]
+    n_compliant = len(retained) + len(inverted)
+    if n_compliant:
+        for pair_id in sample(Category.PUNISH, size - len(gold)):
+            place = int(rng.integers(n_compliant))
+            from_retain = place < len(retained)
+            y_c = retained[place] if from_retain else inverted[place - len(retained)]
+            gold.append(GoldPick(pair_id, Category.PUNISH, y_c))
     return gold
 
 

@@ -233,23 +233,13 @@ def hybrid(
     zero = terms.chosen_logratio.new_zeros(())
     is_invert, is_punish, is_retain = (terms.category == c for c in (INVERT, PUNISH, RETAIN))
     margin = terms.rejected_logratio - terms.chosen_logratio
-    if loss == "dpo":
-        preference = dpo(margin, beta, terms.smoothing)
-    else:
-        preference = ipo(_margin_per_token(terms), beta)
-    if rpo_alpha:
-        preference = preference + rpo_alpha * _preferred_nll(terms)
-    suppression = npo(terms.chosen_logratio, terms.rejected_logratio, beta)
-    if terms.rejected_length is not None:  # a pair without y_l has no second half
-        alone = terms.rejected_length == 0
-        suppression = suppression - torch.where(alone, math.log(2), zero)
-    invert = torch.where(is_invert, terms.weight * preference, zero).sum()
-    punish = torch.where(is_punish, terms.weight * suppression, zero).sum()
+    preferred = terms.weight * _preference(terms, margin, beta, loss, rpo_alpha)
+    suppressed = terms.weight * _suppression(terms, beta)
     kl = torch.where(is_retain, terms.kl, zero).sum()
 
-    is_conflict = is_invert | is_punish
-    invert = _share(invert, denominators.conflict, is_conflict, "conflict")
-    punish = _share(punish, denominators.conflict, is_conflict, "conflict")
+    n, is_conflict = denominators.conflict, is_invert | is_punish
+    invert = _share(torch.where(is_invert, preferred, zero).sum(), n, is_conflict, "conflict")
+    punish = _share(torch.where(is_punish, suppressed, zero).sum(), n, is_conflict, "conflict")
     retain = alpha_kl * _share(kl, denominators.retain, is_retain, "retain")
     metrics = {
         "invert": invert,
@@ -263,6 +253,27 @@ def hybrid(
         "kl_sum": kl,
     }
     return LossOutput(invert + punish + retain, {k: v.detach() for k, v in metrics.items()})
+
+
+def _preference(
+    terms: HybridTerms,
+    margin: Tensor,
+    beta: float,
+    loss: Literal["dpo", "ipo"],
+    rpo_alpha: float,
+) -> Tensor:
+    """Return what an INVERT row costs before its weight: l_pref + rpo_alpha NLL, [B]."""
+    is_dpo = loss == "dpo"
+    found = dpo(margin, beta, terms.smoothing) if is_dpo else ipo(_margin_per_token(terms), beta)
+    return found + rpo_alpha * _preferred_nll(terms) if rpo_alpha else found
+
+
+def _suppression(terms: HybridTerms, beta: float) -> Tensor:
+    """Return what a PUNISH row costs before its weight: l_NPO, without the half of a missing y_l, [B]."""
+    both = npo(terms.chosen_logratio, terms.rejected_logratio, beta)
+    if terms.rejected_length is None:
+        return both
+    return both - torch.where(terms.rejected_length == 0, math.log(2), both.new_zeros(()))
 
 
 def _preferred_nll(terms: HybridTerms) -> Tensor:

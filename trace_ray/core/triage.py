@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from trace_ray.core.verdicts import abstained
 from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
@@ -44,12 +45,10 @@ def triage(pair: PreferencePair, chosen: Verdict, rejected: Verdict | None = Non
     return TriagedPair(pair, categorise(chosen, rejected), chosen, rejected)
 
 
-def counts(triaged: Iterable[TriagedPair]) -> dict[str, int]:
+def counts(categories: Iterable[str]) -> dict[str, int]:
     """Return the number of ``pairs`` and of each category (``invert``, ``punish``, ...)."""
-    found = {str(category): 0 for category in Category}
-    for row in triaged:
-        found[str(row.category)] += 1
-    return {"pairs": sum(found.values()), **found}
+    found = Counter(categories)
+    return {"pairs": found.total(), **{str(category): found[category] for category in Category}}
 
 
 def in_review(row: TriagedPair) -> bool:
@@ -57,11 +56,6 @@ def in_review(row: TriagedPair) -> bool:
     if row.category is not Category.UNJUDGED:
         return False
     return abstained(row.verdict_chosen) or abstained(row.verdict_rejected)
-
-
-def n_conflicts(triaged: Iterable[TriagedPair]) -> int:
-    """Return the number of pairs that the new policy disagrees with: INVERT or PUNISH."""
-    return sum(row.category in (Category.INVERT, Category.PUNISH) for row in triaged)
 
 
 def corrected(row: TriagedPair, response: str, verdict: Verdict) -> TriagedPair:
@@ -85,20 +79,19 @@ def corrected(row: TriagedPair, response: str, verdict: Verdict) -> TriagedPair:
     return TriagedPair(pair, Category.INVERT, row.verdict_chosen, verdict)
 
 
-def flipped(rows: Sequence[TriagedPair], share: float, seed: int) -> list[TriagedPair]:
-    """Return the rows, ``share`` of their categories replaced by one of the other two.
+def flipped(rows: Iterable[TriagedPair], share: float, seed: int) -> Iterator[TriagedPair]:
+    """Yield the rows, ``share`` of their categories replaced by one of the other two.
 
     What a wrong judge would do to the training (arXiv 2511.02623, oracle noise). Depends on the
-    pairs and the seed alone, not on the rows' order; UNJUDGED rows stay.
+    pairs and the seed alone, not on the rows' order; UNJUDGED rows stay. The rows are gone through
+    twice.
     """
     trained = (Category.INVERT, Category.PUNISH, Category.RETAIN)
-    ids = sorted(row.pair_id for row in rows if row.category in trained)
+    ids = sorted(row.pair_id for row in rows if row.category in trained) if share else []
     rng = random.Random(seed)
     hit = {pair_id: rng.random() for pair_id in rng.sample(ids, round(share * len(ids)))}
-    found = []
     for row in rows:
         others = [category for category in trained if category is not row.category]
-        place = hit.get(row.pair_id)
+        place = hit.get(row.pair_id) if hit else None
         to = row.category if place is None else others[int(place * len(others))]
-        found.append(dataclasses.replace(row, category=to))
-    return found
+        yield dataclasses.replace(row, category=to)

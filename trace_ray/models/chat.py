@@ -97,11 +97,6 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(ids)
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that ends an assistant's turn (the last id of ``encode_response``)."""
-    return _turn(tokenizer, _template(tokenizer)).end
-
-
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if not template:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.config import ModelConfig
-from trace_ray.core import triage
 from trace_ray.errors import ConfigError, TraceRayError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.html_report import write_html
@@ -36,6 +35,7 @@ from trace_ray.rollout.review import REVIEW, write_review
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.store import write_json
+from trace_ray.types import Category
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,8 @@ def apply(
         )
         report["unchanged"] = [n for n in report["unchanged"] if found.idle]
         report["corrections"] = found.triaged.corrections
-        write_review(run_dir / REVIEW, inputs.policy, found.triaged.rows)
+        left = found.triaged.rows.of(Category.UNJUDGED) if found.triaged.rows else ()
+        write_review(run_dir / REVIEW, inputs.policy, left)
         reports.write(inputs, run_dir, report, found.triaged.trained, found.results)
         if len(failed) == len(models):
             raise all_failed(report["failed"], config_path)
@@ -127,7 +128,10 @@ def _run(
             pairs, ingested = read_pairs(inputs, fleet)
             refuse_overlap(inputs, pairs.path / "pairs.parquet")
             triaged = triage_all(inputs, pairs, fleet)
-            write_json(inputs.store.run_dir(inputs.run_id) / SETS, set_digests(triaged.rows))
+            write_json(
+                inputs.store.run_dir(inputs.run_id) / SETS,
+                set_digests(triaged.rows, pairs.path / "pairs.parquet"),
+            )
             keep_policy(inputs.store.root, inputs.policy)
             jobs = [
                 ModelJob(
@@ -143,7 +147,7 @@ def _run(
                 if model.name in sources and model.name not in live
             ]
             fleet("realigning")
-            idle = triaged.folder is not None and not triage.n_conflicts(triaged.trained)
+            idle = triaged.trained is not None and not triaged.trained.n_conflicts()
             if idle:
                 for job in jobs:
                     keeper.settle(job.model.name, "kept")

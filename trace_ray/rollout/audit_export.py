@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from trace_ray.rollout.report import REPORT, VERDICTS
 from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog, parse_chain, parse_head
 from trace_ray.runtime.bundle import read_bundle, write_bundle
 from trace_ray.runtime.measure import OUTCOMES
-from trace_ray.runtime.store import read_rows
+from trace_ray.runtime.store import read_rows, stream_rows
 
 SAMPLE = 200
 """Verdicts kept in a bundle: those whose pairs' digests are smallest, so that nobody picks them."""
@@ -72,9 +73,12 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
         "gate/config.json": _json(config.gate.model_dump(mode="json")),
     }
     if (run / VERDICTS).is_file():
-        verdicts = read_rows(run / VERDICTS)
-        verdicts.sort(key=lambda row: hashlib.sha256(row["pair_id"].encode()).digest())
-        files["verdicts.jsonl"] = _lines(verdicts[:SAMPLE])
+        verdicts = heapq.nsmallest(
+            SAMPLE,
+            stream_rows(run / VERDICTS),
+            key=lambda row: hashlib.sha256(row["pair_id"].encode()).digest(),
+        )
+        files["verdicts.jsonl"] = _lines(verdicts)
     for model in report["models"]:
         if answers := model.get("answers_path"):
             files[f"gate/{model['name']}/answers.jsonl"] = _lines(read_rows(Path(answers)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.progress import Reporter
-from trace_ray.runtime.store import StageResult, write_json, write_rows
-from trace_ray.runtime.triage import COUNTERS, read_triaged, triaged_schema
+from trace_ray.runtime.store import StageResult, write_json
+from trace_ray.runtime.triaged import TriagedRows, write_triaged
 from trace_ray.types import Category, TriagedPair
 
 ROWS, COUNTS = "rows", "counts.json"
@@ -26,7 +27,7 @@ ROWS, COUNTS = "rows", "counts.json"
 class Prepared:
     """The rows every model trains on."""
 
-    rows: list[TriagedPair]
+    rows: TriagedRows
     folder: Path
     """Stage folder that holds them."""
     corrections: dict[str, int] | None
@@ -34,7 +35,7 @@ class Prepared:
 
 
 def prepare(
-    inputs: Inputs, rows: list[TriagedPair], folder: Path, judge: JudgeSpec, fleet: Reporter
+    inputs: Inputs, rows: TriagedRows, folder: Path, judge: JudgeSpec, fleet: Reporter
 ) -> Prepared:
     """Return what models train on: the triage itself, unless the config asks for a change of it."""
     config = inputs.config
@@ -55,19 +56,19 @@ def prepare(
     }
 
     def work(out: Path) -> None:
-        found = flipped(rows, config.flip_labels, config.training.seed)
-        counts = None
+        def found() -> Iterator[TriagedPair]:
+            return flipped(rows, config.flip_labels, config.training.seed)
+
+        counts, fixed = None, {}
         if oracle is not None:
-            asked = sum(row.category is Category.PUNISH for row in found)
-            found, accepted = _corrected(inputs, found, judge, fleet)
-            counts = {"asked": asked, "accepted": accepted}
-        (out / ROWS).mkdir()
-        table = [row.to_row() | dict.fromkeys(COUNTERS, 0) for row in found]
-        write_rows(out / ROWS / "rows.parquet", table, triaged_schema())
+            punished = [row for row in found() if row.category is Category.PUNISH]
+            fixed = _corrected(inputs, punished, judge, fleet)
+            counts = {"asked": len(punished), "accepted": len(fixed)}
+        write_triaged(out / ROWS, (fixed.get(row.pair_id, row) for row in found()))
         write_json(out / COUNTS, counts)
 
     stage: StageResult = inputs.store.stage("conflicts", key, work)
-    prepared, _ = read_triaged(stage.path / ROWS)
+    prepared = TriagedRows(stage.path / ROWS)
     return Prepared(prepared, stage.path, json.loads((stage.path / COUNTS).read_text()))
 
 
@@ -80,8 +81,9 @@ def _replies_digest(inputs: Inputs) -> str:
 
 
 def _corrected(
-    inputs: Inputs, rows: list[TriagedPair], judge: JudgeSpec, fleet: Reporter
-) -> tuple[list[TriagedPair], int]:
+    inputs: Inputs, punished: list[TriagedPair], judge: JudgeSpec, fleet: Reporter
+) -> dict[str, TriagedPair]:
+    """Return the PUNISH rows that could be corrected, as they are now, by the ids they had."""
     from trace_ray.config import Resources
     from trace_ray.config.oracle import VLLMOracle
     from trace_ray.runtime import oracle as oracles
@@ -89,13 +91,15 @@ def _corrected(
     oracle = inputs.config.oracle
     if oracle is None or inputs.config.judge is None:
         raise ValueError("corrections need an oracle and a judge")
-    prompts = [row.pair.prompt for row in rows if row.category is Category.PUNISH]
+    prompts = [row.pair.prompt for row in punished]
     if not prompts:
-        return list(rows), 0
+        return {}
     fleet("corrected responses", 0, len(prompts))
     writes = oracle.resources if isinstance(oracle, VLLMOracle) else Resources()
     replies = run_alone(
         writes, oracles.write_replies, oracle, inputs.policy, prompts, inputs.store.models
     )
     fleet("judging corrected responses")
-    return oracles.correct(rows, replies, lambda exchanges: ask(judge, exchanges))
+    found, _ = oracles.correct(punished, replies, lambda exchanges: ask(judge, exchanges))
+    pairs = zip(punished, found, strict=True)
+    return {row.pair_id: now for row, now in pairs if now is not row}

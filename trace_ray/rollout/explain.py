@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from trace_ray.errors import DataError
 from trace_ray.rollout.judging import verdict_store
 from trace_ray.rollout.plan import Inputs
 from trace_ray.rollout.report import TRIAGED
+from trace_ray.runtime.store import stream_rows
 from trace_ray.runtime.verdict_store import CLAUSES
 from trace_ray.types import Label, PreferencePair, response_id
 
@@ -81,15 +83,17 @@ def _row(path: Path, pair_id: str) -> dict[str, Any]:
 
 
 def _weights(path: Path, row: dict[str, Any]) -> list[Weight]:
-    import pyarrow.parquet as pq
-
-    columns = pq.read_table(path, columns=["scores"]).column("scores").to_pylist()
-    found = []
-    for score in row["scores"]:
-        others = [s["weight"] for each in columns for s in each if s["model"] == score["model"]]
-        rank = 1 + sum(weight > score["weight"] for weight in others)
-        found.append(Weight(score["model"], score["raw"], score["weight"], rank, len(others)))
-    return found
+    own = {score["model"]: score["weight"] for score in row["scores"]}
+    heavier, of = Counter[str](), Counter[str]()
+    for other in stream_rows(path, ["scores"]):
+        for score in other["scores"]:
+            if score["model"] in own:
+                of[score["model"]] += 1
+                heavier[score["model"]] += score["weight"] > own[score["model"]]
+    return [
+        Weight(s["model"], s["raw"], s["weight"], 1 + heavier[s["model"]], of[s["model"]])
+        for s in row["scores"]
+    ]
 
 
 def _clause_verdicts(inputs: Inputs, pair: PreferencePair) -> list[ClauseVerdict]:

@@ -22,7 +22,7 @@ from trace_ray.rollout import charts
 from trace_ray.rollout.plan import load_policy, open_registry
 from trace_ray.rollout.report import REPORT, TRIAGED
 from trace_ray.runtime.audit_log import AuditLog
-from trace_ray.runtime.store import read_rows, write_text
+from trace_ray.runtime.store import read_rows, stream_rows, write_text
 from trace_ray.runtime.train import HISTORY
 from trace_ray.types import EvalPrompt
 
@@ -137,7 +137,7 @@ def _impact(path: Path) -> list[tuple[str, Any]]:
     if not path.is_file():
         return []
     weights: dict[str, dict[str, list[float]]] = {}
-    for row in read_rows(path):
+    for row in stream_rows(path, ["category", "scores"]):
         for score in row["scores"] or ():
             of_model = weights.setdefault(score["model"], {"invert": [], "punish": []})
             of_model[row["category"]].append(score["weight"])

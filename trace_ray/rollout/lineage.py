@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,14 @@ from trace_ray.errors import DataError
 from trace_ray.rollout.model_job import ModelJob
 from trace_ray.rollout.plan import open_registry
 from trace_ray.runtime.store import StageResult, write_json
-from trace_ray.types import TriagedPair, content_digest
+from trace_ray.runtime.triaged import TriagedRows, in_order
+from trace_ray.types import content_digest
 
 FOLDER, POLICIES = "lineage", "policies"
 SETS = "sets.json"
 """Digests of a triage, in the run's folder."""
+_GIVEN = {"label": "complies", "p_violate": 0.0, "judge_id": "none", "clause": None}
+"""What stands for a verdict where objective ``sft`` has no triage."""
 
 
 def keep_policy(storage: str, policy: Policy) -> None:
@@ -45,14 +47,25 @@ def kept_policy(storage: str, digest: str) -> Policy | None:
     return parse_policy(json.loads(path.read_text()), str(path)) if path.exists() else None
 
 
-def set_digests(rows: Iterable[TriagedPair]) -> dict[str, str]:
-    """Return the digests of all verdicts and of all categories of a triage, in any order of rows."""
+def set_digests(triaged: TriagedRows | None, pairs: Path) -> dict[str, str]:
+    """Return the digests of all verdicts and of all categories of a triage.
+
+    Args:
+        triaged: the rows; None where there was no triage, so that every pair is RETAIN.
+        pairs: folder of the pairs.
+    """
     verdicts, categories = hashlib.sha256(), hashlib.sha256()
-    for row in sorted(rows, key=lambda each: each.pair_id):
-        sides = (row.verdict_chosen, row.verdict_rejected)
-        said = [v and [str(v.label), v.p_violate, v.judge_id, v.clause] for v in sides]
-        verdicts.update(content_digest([row.pair_id, said]).encode())
-        categories.update(f"{row.pair_id} {row.category}\n".encode())
+    sides = ("verdict_chosen", "verdict_rejected")
+    tables = in_order(pairs, ["pair_id"]) if triaged is None else triaged.tables(columns=sides)
+    untriaged = {"category": "retain", sides[0]: _GIVEN, sides[1]: None}
+    for row in (row for table in tables for row in table.to_pylist()):
+        row = row if triaged is not None else row | untriaged
+        said = [
+            v and [v["label"], v["p_violate"], v["judge_id"], v["clause"]]
+            for v in map(row.get, sides)
+        ]
+        verdicts.update(content_digest([row["pair_id"], said]).encode())
+        categories.update(f"{row['pair_id']} {row['category']}\n".encode())
     return {"verdict_set": verdicts.hexdigest(), "triaged_set": categories.hexdigest()}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
-from trace_ray.core import triage
 from trace_ray.errors import DataError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.attempts import attempt
@@ -20,9 +19,9 @@ from trace_ray.runtime.fit_judge import JudgeCard, require_auc
 from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult, write_json
-from trace_ray.runtime.triage import JudgeCounts, read_triaged, triage_pairs
+from trace_ray.runtime.triage import triage_pairs
+from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 from trace_ray.runtime.verdict_store import HUMAN
-from trace_ray.types import Category, TriagedPair
 
 PAIRS, TRIAGE = "pairs", "triage"
 """The stages of a fleet that the store keeps."""
@@ -32,12 +31,12 @@ PAIRS, TRIAGE = "pairs", "triage"
 class Triaged:
     """The fleet's triage: made once, used by every model."""
 
-    rows: list[TriagedPair]
-    """As the judge found them."""
-    trained: list[TriagedPair]
+    rows: TriagedRows | None
+    """As the judge found them; None for ``sft``, which has no triage."""
+    trained: TriagedRows | None
     """What models train on: the same, but for an oracle's corrections (and flips, in noise studies)."""
     folder: Path | None
-    """Stage folder of ``trained``; None for ``sft``, which has no triage."""
+    """Stage folder of ``trained``."""
     counts: JudgeCounts
     card: JudgeCard | None
     corrections: dict[str, int] | None = None
@@ -81,8 +80,7 @@ def earned_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]
 def triage_all(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     """Return what models train on: triaged by the judge, or everything as it is for ``sft``."""
     if inputs.config.objective == "sft":
-        rows = _all_retained(pairs.path)
-        return Triaged(rows, rows, None, JudgeCounts(), None)
+        return Triaged(None, None, None, JudgeCounts(), None)
     return _triage(inputs, pairs, fleet)
 
 
@@ -127,16 +125,6 @@ def read_pairs(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, 
     return stage, counts
 
 
-def _all_retained(folder: Path) -> list[TriagedPair]:
-    """Every pair as RETAIN: what ``sft`` trains on."""
-    from trace_ray.runtime.store import read_rows
-    from trace_ray.types import Label, PreferencePair, Verdict
-
-    given = Verdict(Label.COMPLIES, 0.0, "none", reason="objective sft has no triage")
-    rows = read_rows(folder / "pairs.parquet")
-    return [TriagedPair(PreferencePair.from_row(row), Category.RETAIN, given) for row in rows]
-
-
 def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     """Judge the pairs once for the fleet."""
     spec, card = earned_judge(inputs, fleet)
@@ -151,11 +139,11 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     stage = attempt(
         fleet, inputs.config.retries, TRIAGE, lambda: inputs.store.stage(TRIAGE, key, work)
     )
-    rows, counts = read_triaged(stage.path / "rows")
+    rows = TriagedRows(stage.path / "rows")
+    counts = rows.judged()
     if stage.reused and not _is_resumed(inputs, stage):
         counts = counts.reused()
-    shown = triage.counts(rows)
-    fleet("triage", note=" ".join(f"{name} {n}" for name, n in shown.items()))
+    fleet("triage", note=" ".join(f"{name} {n}" for name, n in rows.counts().items()))
     ready = prepare(inputs, rows, stage.path, spec, fleet)
     return Triaged(rows, ready.rows, ready.folder, counts, card, ready.corrections)
 

@@ -6,6 +6,7 @@ sample is judged, whose verdicts are kept too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -34,7 +35,8 @@ from trace_ray.runtime.judges import Exchange, JudgeSpec, judge_question
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.store import StageResult
 from trace_ray.runtime.train import ADAPTER
-from trace_ray.runtime.triage import JudgeCounts, read_triaged, triage_pairs
+from trace_ray.runtime.triage import triage_pairs
+from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 from trace_ray.types import Category, Interval, TriagedPair
 
 CHANGES, NO_CHANGE, BLOCKED = "realign", "no change", "can't run"
@@ -182,9 +184,10 @@ def _triage_plan(
     folder = inputs.store.folder(TRIAGE, key)
     done = inputs.store.find(TRIAGE, key)
     if done is not None:
-        rows, _ = read_triaged(done.path / "rows")
-        found = TriagePlan(n, n, True, card.name, _shares(rows, exact=True), 0, None, 0.0, "done")
-        return rows, found, folder
+        all_rows = TriagedRows(done.path / "rows")
+        shares = _shares(all_rows.counts(), exact=True)
+        found = TriagePlan(n, n, True, card.name, shares, 0, None, 0.0, "done")
+        return list(itertools.islice(all_rows, _MEASURED_TOKENS)), found, folder
     fleet("judging a sample", note=f"{len(take)} of {n} pairs")
     rows, counts, seconds = _judged(inputs, table.take(take), spec)
     asked = counts.judge_calls + counts.cache_hits
@@ -196,7 +199,7 @@ def _triage_plan(
         len(take),
         False,
         card.name,
-        _shares(rows, exact=len(take) == n),
+        _shares(triage.counts(row.category for row in rows), exact=len(take) == n),
         calls,
         None if tokens is None else round(tokens * calls),
         rate * (calls or 0),
@@ -226,15 +229,15 @@ def _judged(
         started = time.monotonic()
         triage_pairs(draft / "pairs.parquet", draft / "rows", spec, verdict_store(inputs))
         seconds = time.monotonic() - started
-        rows, counts = read_triaged(draft / "rows")
+        judged = TriagedRows(draft / "rows")
+        rows, counts = list(judged), judged.judged()
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return rows, counts, seconds
 
 
-def _shares(rows: list[TriagedPair], *, exact: bool) -> dict[str, Interval]:
-    counts, n = triage.counts(rows), len(rows)
-    found = {}
+def _shares(counts: dict[str, int], *, exact: bool) -> dict[str, Interval]:
+    found, n = {}, counts["pairs"]
     for category in Category:
         count = counts[category]
         share = count / n
@@ -250,7 +253,7 @@ def _judge_rate(
     """Return seconds per question, and where that is known from."""
     for folder, record in inputs.store.finished(TRIAGE):
         if record["inputs"].get("judge", ["", ""])[1] == spec.digest:
-            _, spent = read_triaged(folder / "rows")
+            spent = TriagedRows(folder / "rows").judged()
             if spent.judge_calls > counts.judge_calls:
                 rate = record["wall_s"] / spent.judge_calls
                 return rate, f"an earlier triage: {spent.judge_calls} in {record['wall_s']:.1f} s"

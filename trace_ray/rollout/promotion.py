@@ -26,10 +26,11 @@ from trace_ray.core.promotion import (
 )
 from trace_ray.errors import ConfigError, RolloutError
 from trace_ray.rollout.plan import open_registry
+from trace_ray.runtime.aliases import WAS_CHAMPION
 from trace_ray.runtime.audit_log import AuditLog, user
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.records import RegisteredVersion
-from trace_ray.runtime.registry import WAS_CHAMPION, Registry
+from trace_ray.runtime.registry import Registry
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
 from trace_ray.runtime.registry import AdapterRecord, RegisteredVersion
-from trace_ray.runtime.score import ScoreSummary, Scoring, score_conflicts, score_on_cluster
-from trace_ray.runtime.store import StageResult, read_rows, write_json, write_rows
-from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, train
-from trace_ray.runtime.triage import read_triaged
+from trace_ray.runtime.score import (
+    SCORES_FILE,
+    ScoreSummary,
+    Scoring,
+    score_conflicts,
+    score_on_cluster,
+    score_schema,
+)
+from trace_ray.runtime.store import StageResult, stream_rows, write_json, write_rows
+from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, rows_schema, train
+from trace_ray.runtime.triaged import TriagedRows
 from trace_ray.types import Category, content_digest
 
 
@@ -86,7 +94,7 @@ def _score(job: ModelJob) -> StageResult:
 
 
 def _score_in_shards(job: ModelJob, out: Path) -> None:
-    triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
+    triaged = TriagedRows(Path(str(job.triage_path), "rows"))
     resources = job.model.resources
     scoring = Scoring(job.base_dir, job.deployed_dir, job.model.training, resources.n_threads)
     progress = functools.partial(job.reporter, "score")
@@ -94,7 +102,7 @@ def _score_in_shards(job: ModelJob, out: Path) -> None:
 
 
 def _score_worker(job: ModelJob, out: str) -> None:
-    triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
+    triaged = TriagedRows(Path(str(job.triage_path), "rows"))
     summary = score_conflicts(
         job.base_dir,
         job.deployed_dir,
@@ -107,7 +115,10 @@ def _score_worker(job: ModelJob, out: str) -> None:
 
 
 def _write_scores(out: Path, summary: ScoreSummary) -> None:
-    write_json(out / "scores.json", [score.to_row() for score in summary.scores])
+    scores = [score.to_row() for score in summary.scores]
+    write_json(out / "scores.json", scores)
+    scores.sort(key=lambda row: row["pair_id"])
+    write_rows(out / SCORES_FILE, scores, score_schema())
     write_json(out / "gold_batch.json", [pair.to_row() for pair in summary.gold])
     write_json(
         out / "summary.json",
@@ -135,7 +146,7 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
     def work(out: Path) -> None:
         job.reporter("train")
         rows = out / "rows.parquet"
-        write_rows(rows, _training_rows(job, scores))
+        write_rows(rows, _training_rows(job, scores), rows_schema())
         train(
             TrainJob(
                 model=job.model.name,
@@ -156,31 +167,26 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
     return job.inputs.store.stage(ADAPTERS, key, work)
 
 
-def _training_rows(job: ModelJob, scores: StageResult | None) -> list[dict[str, Any]]:
-    """Return the rows to train on, each with its category and weight."""
+def _training_rows(job: ModelJob, scores: StageResult | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows to train on, each with its category and weight."""
     weights: dict[str, float] = {}
     if scores is not None:
         found = json.loads((scores.path / "scores.json").read_text())
         weights = {row["pair_id"]: row["weight"] for row in found}
     if job.triage_path is None:
-        pairs = read_rows(Path(job.pairs_path, "pairs.parquet"))
-        return [
-            {k: row[k] for k in ("pair_id", "prompt", "chosen", "rejected")}
-            | {"category": str(Category.RETAIN), "weight": 1.0}
-            for row in pairs
-        ]
+        columns = ["pair_id", "prompt", "chosen", "rejected"]
+        for row in stream_rows(Path(job.pairs_path, "pairs.parquet"), columns):
+            yield row | {"category": str(Category.RETAIN), "weight": 1.0, "smoothing": 0.0}
+        return
     training = job.model.training
-    triaged, _ = read_triaged(Path(str(job.triage_path), "rows"))
-    rows = []
-    for row in triaged:
+    for row in TriagedRows(Path(job.triage_path, "rows")):
         pair = training_pair(training.objective, row, weights.get(row.pair_id, 1.0))
         if pair is not None:
             smoothing = training.label_smoothing
             smoothing = flip_probability(row) if smoothing == "judge" else smoothing
             pair = replace(pair, smoothing=smoothing)
             prompt = [turn.to_row() for turn in row.pair.prompt]
-            rows.append({"pair_id": row.pair_id, "prompt": prompt} | asdict(pair))
-    return rows
+            yield {"pair_id": row.pair_id, "prompt": prompt} | asdict(pair)
 
 
 def _pairs_per_s(history: dict[str, Any], batch_size: int) -> float | None:

@@ -6,21 +6,21 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ray.core import triage
 from trace_ray.errors import RegistryError
 from trace_ray.rollout.gate import gate_row
-from trace_ray.runtime.store import write_json, write_rows
+from trace_ray.runtime.score import SCORES_FILE
+from trace_ray.runtime.store import stream_rows, write_json, write_rows, write_tables
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from trace_ray.rollout.plan import Inputs
     from trace_ray.runtime.fit_judge import JudgeCard
-    from trace_ray.runtime.triage import JudgeCounts
-    from trace_ray.types import TriagedPair
+    from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 
 VERDICTS, TRIAGED, REPORT = "verdicts.parquet", "triaged.parquet", "report.json"
 
@@ -32,7 +32,7 @@ def is_written(inputs: Inputs) -> bool:
 
 def build(
     inputs: Inputs,
-    rows: list[TriagedPair],
+    rows: TriagedRows | None,
     judged: JudgeCounts,
     card: JudgeCard | None,
     ingested: dict[str, int],
@@ -46,10 +46,10 @@ def build(
         "policy": {"id": policy.id, "version": policy.version, "digest": policy.digest},
         "data": {"digest": inputs.data_digest, **ingested},
         "triage": None
-        if card is None
+        if card is None or rows is None
         else {
-            **triage.counts(rows),
-            "review": sum(map(triage.in_review, rows)),
+            **rows.counts(),
+            "review": rows.n_review(),
             "judge_calls": judged.judge_calls,
             "cache_hits": judged.cache_hits,
             **judged.speed,
@@ -90,12 +90,17 @@ def _endpoint(inputs: Inputs, judged: JudgeCounts) -> dict[str, Any]:
     }
 
 
-def _gold_agreement(inputs: Inputs, rows: list[TriagedPair]) -> float | None:
+def _gold_agreement(inputs: Inputs, rows: TriagedRows) -> float | None:
     """Share of pairs whose category is the true one, where gold categories are given."""
-    known = [(inputs.gold[r.pair_id], r.category) for r in rows if r.pair_id in inputs.gold]
-    if not known:
+    if not inputs.gold:
         return None
-    return round(sum(true is found for true, found in known) / len(known), 4)
+    known = [
+        (inputs.gold[row["pair_id"]], row["category"])
+        for table in rows.tables(columns=())
+        for row in table.to_pylist()
+        if row["pair_id"] in inputs.gold
+    ]
+    return round(sum(true == found for true, found in known) / len(known), 4) if known else None
 
 
 def _model(result: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +141,15 @@ def write(
     inputs: Inputs,
     run_dir: Path,
     report: dict[str, Any],
-    rows: list[TriagedPair],
+    rows: TriagedRows | None,
     results: dict[str, dict[str, Any]],
 ) -> None:
     """Write the run's files and point ``<storage>/latest`` at them."""
-    if report["triage"] is not None:
-        write_rows(run_dir / VERDICTS, _verdict_rows(inputs, rows))
-        write_rows(run_dir / TRIAGED, _scored_rows(inputs, rows, results))
+    if report["triage"] is not None and rows is not None:
+        write_rows(run_dir / VERDICTS, _verdict_rows(inputs, rows), _verdict_schema())
+        write_tables(
+            run_dir / TRIAGED, _scored(inputs.policy.digest, rows, results), _scored_schema()
+        )
         _log_triage(inputs, report)
     write_json(run_dir / REPORT, report)
     latest = Path(inputs.config.storage, "latest")
@@ -164,43 +171,76 @@ def _log_triage(inputs: Inputs, report: dict[str, Any]) -> None:
         inputs.registry().log_run(f"triage {inputs.run_id}", metrics, tags)
 
 
-def _verdict_rows(inputs: Inputs, rows: list[TriagedPair]) -> list[dict[str, Any]]:
-    found = []
-    for row in rows:
-        sides = (("chosen", row.verdict_chosen), ("rejected", row.verdict_rejected))
-        found += [
-            {"pair_id": row.pair_id, "policy_digest": inputs.policy.digest, "side": side}
-            | verdict.to_row()
-            for side, verdict in sides
-            if verdict is not None
-        ]
-    return found
+def _verdict_schema() -> Any:
+    import pyarrow as pa
+
+    from trace_ray.runtime.triaged import verdict_type
+
+    named = [(name, pa.string()) for name in ("pair_id", "policy_digest", "side")]
+    return pa.schema([*named, *verdict_type()])
 
 
-def _scored_rows(
-    inputs: Inputs, rows: list[TriagedPair], results: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Triaged pairs with each model's raw score and weight (null for rows without one)."""
-    scores = {
-        name: {
-            row["pair_id"]: row
-            for row in json.loads(Path(result["scores_path"], "scores.json").read_text())
-        }
+def _verdict_rows(inputs: Inputs, rows: TriagedRows) -> Iterator[dict[str, Any]]:
+    policy = {"policy_digest": inputs.policy.digest}
+    for table in rows.tables(columns=("verdict_chosen", "verdict_rejected")):
+        for row in table.to_pylist():
+            for side in ("chosen", "rejected"):
+                if verdict := row[f"verdict_{side}"]:
+                    yield {"pair_id": row["pair_id"], "side": side} | policy | verdict
+
+
+def _scored_schema() -> Any:
+    import pyarrow as pa
+
+    from trace_ray.runtime.triaged import COUNTERS, triaged_schema
+
+    score = pa.struct([("model", pa.string()), ("raw", pa.float64()), ("weight", pa.float64())])
+    given = [field for field in triaged_schema() if field.name not in COUNTERS]
+    return pa.schema([*given, ("policy_digest", pa.string()), ("scores", pa.list_(score))])
+
+
+class _Scores:
+    """One model's scores, read beside the rows: both come in the order of their ids."""
+
+    def __init__(self, model: str, folder: Path):
+        self.model, path = model, folder / SCORES_FILE
+        # A stage of an earlier version has them as JSON alone.
+        self.rows = stream_rows(path) if path.exists() else iter(_json_scores(folder))
+        self.head = next(self.rows, None)
+
+    def of(self, pair_id: str) -> dict[str, Any] | None:
+        """Return a pair's score, if it has one; the ids asked for come in order."""
+        while self.head is not None and self.head["pair_id"] < pair_id:
+            self.head = next(self.rows, None)
+        if self.head is None or self.head["pair_id"] != pair_id:
+            return None
+        return {"model": self.model, "raw": self.head["raw"], "weight": self.head["weight"]}
+
+
+def _json_scores(folder: Path) -> list[dict[str, Any]]:
+    rows = json.loads((folder / "scores.json").read_text())
+    return sorted(rows, key=lambda row: row["pair_id"])
+
+
+def _scored(
+    policy_digest: str, rows: TriagedRows, results: dict[str, dict[str, Any]]
+) -> Iterator[Any]:
+    """Triaged pairs with each model's raw score and weight (none for rows without one)."""
+    import pyarrow as pa
+
+    models = [
+        _Scores(name, Path(result["scores_path"]))
         for name, result in results.items()
         if result.get("scores_path")
-    }
-    return [
-        row.to_row()
-        | {
-            "policy_digest": inputs.policy.digest,
-            "scores": [
-                {"model": name, **{k: of[row.pair_id][k] for k in ("raw", "weight")}}
-                for name, of in scores.items()
-                if row.pair_id in of
-            ],
-        }
-        for row in rows
     ]
+    schema = _scored_schema()
+    for table in rows.tables():
+        ids = table.column("pair_id").to_pylist()
+        found = [[score for m in models if (score := m.of(pair_id))] for pair_id in ids]
+        digests = pa.array([policy_digest] * len(found), pa.string())
+        table = table.append_column("policy_digest", digests)
+        table = table.append_column("scores", pa.array(found, schema.field("scores").type))
+        yield table.select(schema.names).cast(schema)
 
 
 def summary_table(report: dict[str, Any]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from trace_ray.types import Label, TriagedPair, Verdict, response_id
 REVIEW = "review.jsonl"
 
 
-def review_rows(policy: Policy, rows: list[TriagedPair]) -> Iterator[dict[str, Any]]:
+def review_rows(policy: Policy, rows: Iterable[TriagedPair]) -> Iterator[dict[str, Any]]:
     """Yield each reply once whose verdict is left to a person, ``verdict`` to be filled in."""
     seen = set()
     for row in filter(in_review, rows):
@@ -47,7 +47,7 @@ def review_rows(policy: Policy, rows: list[TriagedPair]) -> Iterator[dict[str, A
             }
 
 
-def write_review(path: Path, policy: Policy, rows: list[TriagedPair]) -> int:
+def write_review(path: Path, policy: Policy, rows: Iterable[TriagedPair]) -> int:
     """Write the rows for review, or remove the file where there are none; return how many."""
     found = list(review_rows(policy, rows))
     if not found:

@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trace_ray.core.promotion import CHALLENGER, CHAMPION, AliasMove
+from trace_ray.core.promotion import AliasMove
 from trace_ray.errors import ModelError, RegistryError
 from trace_ray.models.adapters import CONFIG, WEIGHTS, adapter_sha256, write_meta
+from trace_ray.runtime.aliases import Aliases
 from trace_ray.runtime.mlflow_client import first_line, open_client, require_answer, told
 from trace_ray.runtime.records import (
     AdapterRecord,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 _SQLITE = "sqlite:///"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100
-WAS_CHAMPION = "was_champion"
-"""Tag of a version that is or was champion: a rollback may go back to it."""
 _NO_ROW_KEYS = ("step", "timestamp_ms")
 
 
@@ -75,6 +74,7 @@ class Registry:
             require_answer(uri)
         with told(self.uri, "can't be opened"), self._exclusive():
             self._client = open_client(self.uri)
+            self._named = Aliases(self._client)
             self._experiment_id = self._experiment(experiment)
 
     def registered_name(self, model: str) -> str:
@@ -100,14 +100,14 @@ class Registry:
         with told(self.uri, f"{name} can't be registered"), self._exclusive():
             found = self._existing(name, record)
             version = int((found or self._create(name, record)).version)
-            self._name(name, version, record.alias)
+            self._named.give(name, version, record.alias)
             made = self._version(name, self._client.get_model_version(name, str(version)))
         return replace(made, reused=found is not None)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias of a registered model (its full name) at a version."""
         with told(self.uri, f"alias {name}@{alias} can't be set"), self._exclusive():
-            self._client.set_registered_model_alias(name, alias, str(version))
+            self._named.point(name, alias, version)
 
     def move_alias(self, name: str, move: AliasMove) -> None:
         """Do one planned move of an alias of a registered model (its full name); twice is once.
@@ -118,22 +118,7 @@ class Registry:
             RegistryError: MLflow refuses, or the alias was moved elsewhere since it was planned.
         """
         with told(self.uri, f"alias {name}@{move.alias} can't be moved"), self._exclusive():
-            now = self._aliases(name).get(move.alias)
-            at = None if now is None else int(now)
-            if move.after is None:
-                if at is not None and at == move.before:
-                    self._client.delete_registered_model_alias(name, move.alias)
-                return
-            if at not in (move.before, move.after):
-                raise RegistryError(
-                    f"{name}@{move.alias} points at version {at or 'none'}, not "
-                    f"{move.before or 'none'} as when the move to {move.after} was planned: somebody "
-                    "moved it by hand; point it back, then repeat the command"
-                )
-            if move.alias == CHAMPION:
-                for version in filter(None, (move.before, move.after)):
-                    self._mark_champion(name, version)
-            self._client.set_registered_model_alias(name, move.alias, str(move.after))
+            self._named.move(name, move)
 
     def log_artifact(self, registered_as: str, path: Path) -> None:
         """Keep a file with the run of a version (``name/version``); of one name, the last stays."""
@@ -162,7 +147,7 @@ class Registry:
         """
         with told(self.uri, f"{name} can't be listed"):
             found = self._search(name)
-            aliases = self._aliases(name) if found else {}
+            aliases = self._named.of(name) if found else {}
             return [self._version(name, each, aliases) for each in found]
 
     def resolve(self, reference: str, cache: Path) -> DeployedAdapter:
@@ -271,23 +256,6 @@ class Registry:
                 return found
         return None
 
-    def _name(self, name: str, version: int, alias: str) -> None:
-        """Give a registered version its alias, without taking the champion's place."""
-        if not alias:
-            return
-        champion = self._aliases(name).get(CHAMPION)
-        if alias == CHALLENGER and champion == str(version):
-            return
-        if alias == CHAMPION:
-            if champion not in (None, str(version)):
-                alias = CHALLENGER
-            else:
-                self._mark_champion(name, version)
-        self._client.set_registered_model_alias(name, alias, str(version))
-
-    def _mark_champion(self, name: str, version: int) -> None:
-        self._client.set_model_version_tag(name, str(version), WAS_CHAMPION, "true")
-
     def _create(self, name: str, record: AdapterRecord) -> ModelVersion:
         """Make the run, its model and the version; a run that fails on the way is marked so."""
         from mlflow.exceptions import MlflowException
@@ -374,14 +342,10 @@ class Registry:
             if not token:
                 return sorted(found, key=lambda each: int(each.version))
 
-    def _aliases(self, name: str) -> dict[str, str]:
-        found = self._client.get_registered_model(name).aliases
-        return {alias: str(version) for alias, version in found.items()}
-
     def _version(
         self, name: str, found: ModelVersion, aliases: Mapping[str, str] | None = None
     ) -> RegisteredVersion:
-        aliases = self._aliases(name) if aliases is None else aliases
+        aliases = self._named.of(name) if aliases is None else aliases
         mine = sorted(alias for alias, at in aliases.items() if str(at) == str(found.version))
         return RegisteredVersion(
             name,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import ImpactConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
+from trace_ray.runtime.triaged import TriagedRows
 from trace_ray.types import Category, ImpactScore, TriagedPair
 
 if TYPE_CHECKING:
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from trace_ray.core.impact import GoldPair
     from trace_ray.models.scorer import Conflict, Scorer
 
+SCORES_FILE = "scores.parquet"
+"""A model's impact scores in the order of their pairs' ids, in its stage folder."""
 Progress = Callable[[int, int], None]
+Triaged = Sequence[TriagedPair] | TriagedRows
+"""Triaged rows in memory or on disk."""
+
+
+def score_schema() -> Any:
+    """Return the parquet schema of ``ImpactScore.to_row()``."""
+    import pyarrow as pa
+
+    return pa.schema([("pair_id", pa.string()), ("raw", pa.float64()), ("weight", pa.float64())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +74,7 @@ class Scoring:
 def score_conflicts(
     base: str,
     adapter: str | None,
-    triaged: Sequence[TriagedPair],
+    triaged: Triaged,
     config: TrainingConfig,
     *,
     num_threads: int | None = None,
@@ -73,7 +85,7 @@ def score_conflicts(
     Args:
         base: directory of the base model.
         adapter: directory of the deployed adapter, or None.
-        triaged: all rows; RETAIN rows only feed the gold batch.
+        triaged: all rows; of RETAIN rows only the gold batch takes some.
         config: the model's training section.
         num_threads: torch threads; None leaves torch's choice.
         progress: called with (rows done, all rows).
@@ -103,7 +115,7 @@ def score_against(
 
 def score_on_cluster(
     scoring: Scoring,
-    triaged: Sequence[TriagedPair],
+    triaged: Triaged,
     resources: Resources,
     progress: Progress = lambda done, total: None,
 ) -> ScoreSummary:
@@ -158,22 +170,28 @@ def _shard_task(
     return scorer.raw_scores(conflicts, direction), scorer.truncated
 
 
-def conflicts_of(triaged: Sequence[TriagedPair]) -> list[Conflict]:
+def conflicts_of(triaged: Triaged) -> list[Conflict]:
     """Return the rows that get a score, in order."""
     from trace_ray.models.scorer import Conflict
 
+    kinds = (Category.INVERT, Category.PUNISH)
     return [
         Conflict(row.pair_id, row.pair.prompt, row.pair.chosen, row.pair.rejected, row.category)
-        for row in triaged
-        if row.category in (Category.INVERT, Category.PUNISH)
+        for row in (triaged.of(*kinds) if isinstance(triaged, TriagedRows) else triaged)
+        if row.category in kinds
     ]
 
 
-def gold_of(triaged: Sequence[TriagedPair], config: TrainingConfig) -> list[GoldPair]:
+def gold_of(triaged: Triaged, config: TrainingConfig) -> list[GoldPair]:
     """Return the gold batch that ``config`` asks for."""
-    from trace_ray.core.impact import gold_batch
+    from trace_ray.core.impact import gold_batch, gold_picks
 
-    return gold_batch(triaged, config.impact.gold_batch, config.seed)
+    size, seed = config.impact.gold_batch, config.seed
+    if not isinstance(triaged, TriagedRows):
+        return gold_batch(triaged, size, seed)
+    picks = gold_picks(triaged.ids(), size, seed)
+    rows = triaged.picked({i for pick in picks for i in (pick.pair_id, pick.compliant) if i})
+    return [pick.pair(rows) for pick in picks]
 
 
 def shard(conflicts: Sequence[Conflict], workers: int) -> list[list[int]]:

@@ -8,19 +8,22 @@ temporary folder, which the next run of that stage removes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trace_ray.data.shards import drafted
 from trace_ray.types import content_digest
 
 RECORD = "stage.json"
+_BATCH = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +140,50 @@ def write_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]], schema: Any = None) -> None:
-    """Write rows as one parquet file, complete or not at all; ``schema`` None is read off the rows."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: Any = None) -> None:
+    """Write rows as one parquet file, complete or not at all.
+
+    Args:
+        path: the file.
+        rows: with a schema they are taken some thousand at a time.
+        schema: None = read off the rows, all of them.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), draft)
-    os.replace(draft, path)
+    left = iter(rows)
+    with drafted(path) as draft:
+        if schema is None:
+            pq.write_table(pa.Table.from_pylist(list(left)), draft)
+            return
+        with pq.ParquetWriter(draft, schema) as writer:
+            while part := list(itertools.islice(left, _BATCH)):
+                writer.write_table(pa.Table.from_pylist(part, schema=schema))
+
+
+def write_tables(path: Path, tables: Iterable[Any], schema: Any) -> None:
+    """Write pyarrow tables as one parquet file, complete or not at all."""
+    import pyarrow.parquet as pq
+
+    with drafted(path) as draft, pq.ParquetWriter(draft, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def stream_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, or of a folder's files in the order of their names.
+
+    Args:
+        path: the file or folder.
+        columns: those wanted; None = all.
+    """
+    import pyarrow.parquet as pq
+
+    files = sorted(p for p in path.glob("*.parquet") if p.name[0] not in "._")
+    for each in files if path.is_dir() else [path]:
+        with pq.ParquetFile(each, pre_buffer=False) as file:
+            for batch in file.iter_batches(_BATCH, columns=columns):
+                yield from batch.to_pylist()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import Resources, TrainingConfig
+from trace_ray.data.sources import pair_schema
 from trace_ray.errors import TrainError
 from trace_ray.runtime.progress import Reporter
-from trace_ray.runtime.store import read_rows, write_json
+from trace_ray.runtime.store import stream_rows, write_json
 from trace_ray.types import Category, Message
 
 if TYPE_CHECKING:
@@ -41,6 +43,15 @@ class TrainJob:
     """Unique per logical run: Ray Train resumes a run of the same name from its checkpoint."""
     checkpoints: str
     """Folder of Ray Train's runs."""
+
+
+def rows_schema() -> Any:
+    """Return the parquet schema of ``TrainJob.rows``."""
+    import pyarrow as pa
+
+    pair = [field for field in pair_schema() if field.name != "source"]
+    more = [("category", pa.string()), ("weight", pa.float64()), ("smoothing", pa.float64())]
+    return pa.schema([*pair, *more])
 
 
 def train(job: TrainJob, reporter: Reporter) -> None:
@@ -113,7 +124,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
         torch.set_num_threads(job.resources.n_threads)
     tokenizer = load_tokenizer(job.base)
     model = load_policy_model(job.base, job.adapter, job.config.lora, seed=job.config.seed)
-    rows = encode_rows(tokenizer, read_rows(Path(job.rows)), job.config)
+    rows = encode_rows(tokenizer, stream_rows(Path(job.rows)), job.config)
     work = Path(job.checkpoints, job.run_name, "work")
     is_first = ray.train.get_context().get_world_rank() == 0
     trainer = RealignTrainer(
@@ -168,7 +179,7 @@ def _report_callback(is_first: bool) -> TrainerCallback:
 
 
 def encode_rows(
-    tokenizer: Any, rows: list[dict[str, Any]], config: TrainingConfig
+    tokenizer: Any, rows: Iterable[dict[str, Any]], config: TrainingConfig
 ) -> list[EncodedRow]:
     """Tokenise the rows that the objective trains on."""
     from trace_ray.models.collate import encode_row

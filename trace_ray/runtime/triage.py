@@ -9,12 +9,12 @@ only when it is whole, so no row is lost or written twice.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +28,12 @@ from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.tally import Counting, Tally
+from trace_ray.runtime.triaged import COUNTERS, MOST_ROWS, SPEED, sort_file, verdict_type
 from trace_ray.runtime.verdict_store import VerdictStore
-from trace_ray.types import Label, Prompt, TriagedPair, Verdict, prompt_from_rows
+from trace_ray.types import Label, Prompt, Verdict, prompt_from_rows
 
-COUNTERS = ("judge_calls", "cache_hits", "input_tokens", "output_tokens", "engine_tokens")
-SPEED = "_speed.json"
-"""Beside the parquet files; readers of the folder pass over names with an underscore."""
 _RULE_BATCH = 4096
 _BLOCKS_PER_ACTOR = 4
-_MOST_ROWS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeCounts:
-    """What a triage cost."""
-
-    judge_calls: int = 0
-    """Questions put to the judge."""
-    cache_hits: int = 0
-    """Questions answered by stored verdicts or by people."""
-    input_tokens: int = 0
-    """Tokens sent to an endpoint."""
-    output_tokens: int = 0
-    """Tokens an endpoint answered with."""
-    engine_tokens: int = 0
-    """Tokens that engines of ours read."""
-    rows: int = 0
-    wall_s: float = 0.0
-    """Seconds from the first judge that was ready to the last row written; 0 where nothing was done."""
-
-    @property
-    def speed(self) -> dict[str, float | None]:
-        """``rows_per_s`` and ``tokens_per_s``; None where nothing was done."""
-        tokens = self.input_tokens + self.engine_tokens
-        done = {"rows_per_s": self.rows, "tokens_per_s": tokens}
-        return {k: round(n / self.wall_s, 1) if self.wall_s else None for k, n in done.items()}
-
-    def reused(self) -> JudgeCounts:
-        """The counts of a run that found this triage done."""
-        return JudgeCounts(cache_hits=self.judge_calls + self.cache_hits)
 
 
 class TriageBatch:
@@ -80,6 +47,8 @@ class TriageBatch:
         self.counting.start()
         self.judge = StoredJudge(spec, self.model, store)
         self.judge_both = spec.config.judge_both
+        # What is here now stays: the collector needn't look at it again for every batch of rows.
+        gc.freeze()
 
     def __call__(self, batch: Any) -> Any:
         """Triage one pyarrow table of pairs."""
@@ -127,55 +96,38 @@ class _PromptKey:
 
     def __init__(self, rows: list[dict[str, str]]):
         self.prompt: Prompt = prompt_from_rows(rows)
-        rows = [{"content": row["content"], "role": row["role"]} for row in rows]
         self.digest = hashlib.sha256(f"[{_canonical(rows)},".encode("utf-8", "surrogatepass"))
 
     def response_id(self, response: str) -> str:
         digest = self.digest.copy()
-        digest.update(f"{_canonical(response)}]".encode("utf-8", "surrogatepass"))
+        digest.update(f"{_quoted(response)}]".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
 
-_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def verdict_type() -> Any:
-    """The parquet type of a verdict within a triaged row."""
-    import pyarrow as pa
-
-    return pa.struct(
-        [
-            ("label", pa.string()),
-            ("p_violate", pa.float64()),
-            ("judge_id", pa.string()),
-            ("clause", pa.string()),
-            ("reason", pa.string()),
-            ("raw", pa.string()),
-            ("provenance", pa.string()),
-        ]
-    )
-
-
-def triaged_schema() -> Any:
-    """The parquet schema of triaged rows."""
-    import pyarrow as pa
-
-    verdicts = [(f"verdict_{side}", verdict_type()) for side in ("chosen", "rejected")]
-    counters = [(name, pa.int64()) for name in COUNTERS]
-    return pa.schema([*pair_schema(), ("category", pa.string()), *verdicts, *counters])
+def _canonical(rows: list[dict[str, str]]) -> str:
+    """Return a prompt as ``types.content_digest`` writes it."""
+    turns = [
+        f'{{"content":{_quoted(row["content"])},"role":{_quoted(row["role"])}}}' for row in rows
+    ]
+    return f"[{','.join(turns)}]"
 
 
 def _verdict_column(verdicts: Sequence[Verdict | None]) -> Any:
     """Return verdicts as one column: built field by field, and typed even where all are missing."""
     import pyarrow as pa
 
+    # Rules say the same of many replies, with one object: each is written out once.
+    distinct: dict[int, Verdict] = {id(v): v for v in verdicts if v is not None}
+    places = {key: place for place, key in enumerate(distinct)}
     kind = verdict_type()
-    absent = pa.array([verdict is None for verdict in verdicts], pa.bool_())
     fields = [
-        pa.array([None if v is None else getattr(v, field.name) for v in verdicts], field.type)
-        for field in kind
+        pa.array([getattr(v, field.name) for v in distinct.values()], field.type) for field in kind
     ]
-    return pa.StructArray.from_arrays(fields, fields=list(kind), mask=absent)
+    each = pa.StructArray.from_arrays(fields, fields=list(kind))
+    return each.take(pa.array([None if v is None else places[id(v)] for v in verdicts], pa.int64()))
 
 
 def _with_prompt_key(table: Any) -> Any:
@@ -196,7 +148,7 @@ def triage_pairs(
     store: VerdictStore | None,
     reporter: Reporter | None = None,
 ) -> None:
-    """Judge and triage parquet of pairs into the folder ``out`` of parquet files.
+    """Judge and triage parquet of pairs into the folder ``out``, which ``TriagedRows`` reads.
 
     Args:
         pairs: a parquet file, or a folder of them.
@@ -230,6 +182,8 @@ def triage_pairs(
     )
     with own_errors():
         triaged.write_parquet(str(out))
+        sort: Any = ray.remote(sort_file)
+        result([sort.remote(path) for path in out.absolute().glob("*.parquet")])
         write_json(out / SPEED, {"wall_s": result(tally.seconds.remote())})
 
 
@@ -274,7 +228,7 @@ def _n_blocks(rows: int, batch_size: int, actors: int) -> int:
     Left to itself it cuts by bytes alone, and one actor of many would get all of a small file. A
     block holds at least a batch, and at most what one output file should hold.
     """
-    wanted = max(_BLOCKS_PER_ACTOR * actors, math.ceil(rows / _MOST_ROWS))
+    wanted = max(_BLOCKS_PER_ACTOR * actors, math.ceil(rows / MOST_ROWS))
     return max(1, min(wanted, math.ceil(rows / batch_size)))
 
 
@@ -288,15 +242,3 @@ def _check_room(judge_cpus: float) -> None:
             f"the judge's actors hold {judge_cpus:g} of the cluster's {available:g} CPUs, and reading "
             "needs one more: lower judge.actors or judge.resources.num_cpus (threads can stay higher)"
         )
-
-
-def read_triaged(folder: Path) -> tuple[list[TriagedPair], JudgeCounts]:
-    """Return the triaged rows in a stable order, and what judging them cost."""
-    from trace_ray.runtime.store import read_rows
-
-    rows = read_rows(folder)
-    triaged = sorted((TriagedPair.from_row(row) for row in rows), key=lambda row: row.pair_id)
-    spent = {name: sum(row.get(name, 0) for row in rows) for name in COUNTERS}
-    speed = folder / SPEED
-    wall_s = json.loads(speed.read_text())["wall_s"] if speed.exists() else None
-    return triaged, JudgeCounts(**spent, rows=len(rows), wall_s=wall_s or 0.0)

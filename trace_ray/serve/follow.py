@@ -21,7 +21,7 @@ from trace_ray.core.split import Split
 from trace_ray.errors import ModelError, RegistryError, TraceRayError
 from trace_ray.models.adapters import check_adapter
 from trace_ray.rollout.waves import LiveSplits
-from trace_ray.runtime.aliases import FleetAliases
+from trace_ray.runtime.fleet_aliases import FleetAliases
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import Store
