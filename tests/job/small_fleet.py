@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import yaml
+from typer.testing import CliRunner
 
+from trace_ray.cli import app
 from trace_ray.data.synthetic import generate
 from trace_ray.testing import tiny_model
 
@@ -25,6 +27,14 @@ def trace_ray(*words, timeout=300, **env):
         timeout=timeout,
         env=os.environ | env,
     )
+
+
+def here(*words):
+    """Run the command in this process: no second start of Python, nor of Ray where it runs here."""
+    done = CliRunner().invoke(app, list(map(str, words)))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
 def command(*words):

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
-from small_fleet import ROOT, command, make_fleet, policy, report_of, trace_ray
+from small_fleet import ROOT, command, here, make_fleet, policy, report_of, trace_ray
 
+from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.testing import tiny_model
 
@@ -42,10 +43,10 @@ def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
         assert first.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.3)
-    second = trace_ray("apply", folder / "fleet.yaml")
+    second = here("apply", folder / "fleet.yaml")
     assert second.returncode == 2
     assert f"process {first.pid}" in second.stderr
-    shown = trace_ray("status", folder / "fleet.yaml")
+    shown = here("status", folder / "fleet.yaml")
     assert "running" in shown.stdout
     assert f"process {first.pid}" in shown.stdout
     asked = trace_ray("cancel", folder / "fleet.yaml")
@@ -54,8 +55,8 @@ def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
     assert first.returncode == 130, said
     assert "stopped: cancelled by" in said
     assert "Traceback" not in said
-    assert "stopped (cancelled by" in trace_ray("status", folder / "fleet.yaml").stdout
-    again = trace_ray("cancel", folder / "fleet.yaml")
+    assert "stopped (cancelled by" in here("status", folder / "fleet.yaml").stdout
+    again = here("cancel", folder / "fleet.yaml")
     assert again.returncode == 2
     assert "nothing runs" in again.stderr
 
@@ -90,10 +91,15 @@ def test_a_broken_model_stops_no_other(folder, half):
 
 @pytest.fixture(scope="module")
 def mended(folder, half):
-    """The broken model with its weights back, run alone."""
+    """The broken model with its weights back, run alone; Ray stays up for what comes after it."""
+    with connected():
+        yield mend(folder)
+
+
+def mend(folder):
     before = report_of(folder)["models"][0]
     tiny_model(folder / "broken", "qwen2", seed=1)
-    done = trace_ray("apply", folder / "fleet.yaml", "--only", "broken")
+    done = here("apply", folder / "fleet.yaml", "--only", "broken")
     assert done.returncode == 0, done.stderr
     assert before in report_of(folder)["models"]
     return folder
@@ -105,13 +111,13 @@ def test_the_mended_model_alone_is_run_and_the_report_is_of_all(mended):
     assert {model["name"] for model in report["models"]} == {"good", "broken"}
     scored = json.loads((mended / "storage/latest/models/broken.json").read_text())
     assert scored["registered_as"] == "trace-broken/1"
-    unknown = trace_ray("apply", mended / "fleet.yaml", "--only", "nobody")
+    unknown = here("apply", mended / "fleet.yaml", "--only", "nobody")
     assert unknown.returncode == 2
     assert "good, broken" in unknown.stderr
 
 
 def test_a_plan_of_what_is_done_has_nothing_to_do(mended):
-    done = trace_ray("plan", mended / "fleet.yaml", "--detailed-exitcode")
+    done = here("plan", mended / "fleet.yaml", "--detailed-exitcode")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 realign, 2 no change, 0 can't run" in done.stdout
 
@@ -125,7 +131,7 @@ def test_a_plan_shows_the_change_and_holds_only_for_its_inputs(mended):
     path, out = mended / "next.yaml", mended / "plan.json"
     path.write_text(yaml.safe_dump(config))
     before = set((mended / "storage/stages").glob("*/*"))
-    done = trace_ray("plan", path, "--sample", "12", "--out", out, "--detailed-exitcode")
+    done = here("plan", path, "--sample", "12", "--out", out, "--detailed-exitcode")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "2 realign" in done.stdout
     assert "now acme 2" in done.stdout
@@ -146,7 +152,7 @@ def test_a_plan_shows_the_change_and_holds_only_for_its_inputs(mended):
     more = '{"prompt": "one", "chosen": "more", "rejected": "pair"}\n'
     (mended / "pairs.jsonl").write_text(pairs + more)
     policy(mended, "3", "our")
-    refused = trace_ray("apply", out)
+    refused = here("apply", out)
     (mended / "pairs.jsonl").write_text(pairs)
     assert refused.returncode == 2
     assert "changed since it was planned: policy, data; plan again" in refused.stderr
@@ -158,7 +164,7 @@ def test_a_model_that_can_not_fit_fails_in_the_plan_with_numbers(mended):
     config["models"][1]["resources"] = {"num_cpus": 4096}
     path = mended / "large.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = trace_ray("plan", path)
+    done = here("plan", path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "good: needs about" in done.stdout
     assert "activations" in done.stdout
@@ -169,12 +175,12 @@ def test_a_model_that_can_not_fit_fails_in_the_plan_with_numbers(mended):
 def test_lineage_names_everything_an_adapter_was_made_from(mended):
     model = json.loads((mended / "storage/latest/models/good.json").read_text())
     config = mended / "fleet.yaml"
-    done = trace_ray("lineage", model["adapter_id"], "--config", config)
+    done = here("lineage", model["adapter_id"], "--config", config)
     assert done.returncode == 0, done.stderr
     for word in ("policy_digest", "verdict_set", "triaged_set", "gold_batch", "base_digest"):
         assert word in done.stdout
     assert model["adapter_sha256"] in done.stdout
-    unknown = trace_ray("lineage", "good@9-00000000", "--config", config)
+    unknown = here("lineage", "good@9-00000000", "--config", config)
     assert unknown.returncode == 2
     assert "nor the registry knows it" in unknown.stderr
 
@@ -183,12 +189,12 @@ def test_explain_tells_one_pair_s_story(mended):
     config = yaml.safe_load((mended / "fleet.yaml").read_text())
     rows = pq.read_table(mended / "storage/latest/triaged.parquet").to_pylist()
     heavy = max(rows, key=lambda row: max((s["weight"] for s in row["scores"]), default=-1))
-    done = trace_ray("explain", heavy["pair_id"], "--config", mended / "fleet.yaml")
+    done = here("explain", heavy["pair_id"], "--config", mended / "fleet.yaml")
     assert done.returncode == 0, done.stderr
     assert f"category: {heavy['category']}" in done.stdout
     assert "no-the" in done.stdout
     assert "1 of" in done.stdout
     assert all(model["name"] in done.stdout for model in config["models"])
-    unknown = trace_ray("explain", "0" * 16, "--config", mended / "fleet.yaml")
+    unknown = here("explain", "0" * 16, "--config", mended / "fleet.yaml")
     assert unknown.returncode == 2
     assert "has no pair" in unknown.stderr
