@@ -234,7 +234,12 @@ def data_table() -> Iterator[str]:
         ("judging, GPU-hours", f"{hours:.0f}", f"a {JUDGE_BILLIONS}B judge, 2 FLOP a parameter"),
         ("stored verdicts", f"{calls * VERDICT_BYTES / 1e9:.0f} GB", f"{VERDICT_BYTES} bytes each"),
         ("known verdicts in a judge actor", f"{calls * 40 / 1e9:.1f} GB", "40 bytes each"),
-        ("triaged rows in the driver", f"{PAIRS * ROW_BYTES / 1e9:.0f} GB", "Python objects"),
+        ("triaged rows in the driver", f"{PAIRS / 64 * PAIR_BYTES / 1e9:.1f} GB", "1 in 64"),
+        (
+            "conflicts in a scoring worker",
+            f"{PAIRS * CONFLICT_SHARE * ROW_BYTES / 1e9:.1f} GB",
+            "Python objects",
+        ),
     )
     yield from (f"| {what} | {amount} | {how} |" for what, amount, how in rows)
 

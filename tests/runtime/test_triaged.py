@@ -10,11 +10,14 @@ import pytest
 from trace_ray.config import TrainingConfig
 from trace_ray.core.triage import counts, flipped, triage
 from trace_ray.rollout.lineage import set_digests
+from trace_ray.rollout.realign import _write_scores
+from trace_ray.rollout.report import _scored
 from trace_ray.runtime import triaged
-from trace_ray.runtime.score import conflicts_of, gold_of
+from trace_ray.runtime.score import SCORES_FILE, ScoreSummary, conflicts_of, gold_of
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows, write_triaged
 from trace_ray.types import (
     Category,
+    ImpactScore,
     Label,
     Message,
     PreferencePair,
@@ -128,3 +131,32 @@ def test_reading_holds_a_small_part_of_the_rows(monkeypatch, tmp_path):
         read += table.nbytes
     assert read > 4000 * 800
     assert held < read / 2
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_scores_are_joined_to_their_rows(small, tmp_path, earlier):
+    rows = made(400)
+    write_triaged(tmp_path / "rows", rows)
+    given = {
+        name: {row.pair_id: ImpactScore(row.pair_id, n / 7, n / 3) for n, row in enumerate(part)}
+        for name, part in (("a", rows[1::4]), ("b", rows[2::8]), ("c", []))
+    }
+    results = {"failed": {"error": "x"}}
+    for name, scores in given.items():
+        (tmp_path / name).mkdir()
+        _write_scores(
+            tmp_path / name, ScoreSummary([*scores.values()], [], 0.0, 1.0, False, "ghost", 0)
+        )
+        if earlier:
+            (tmp_path / name / SCORES_FILE).unlink()
+        results[name] = {"scores_path": str(tmp_path / name)}
+    tables = _scored("digest", TriagedRows(tmp_path / "rows"), results)
+    found = pa.concat_tables(tables).to_pylist()
+    assert [row["pair_id"] for row in found] == sorted(row.pair_id for row in rows)
+    for row in found:
+        assert row["policy_digest"] == "digest"
+        assert row["scores"] == [
+            {"model": name, "raw": score.raw, "weight": score.weight}
+            for name, scores in given.items()
+            if (score := scores.get(row["pair_id"]))
+        ]

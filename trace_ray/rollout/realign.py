@@ -21,7 +21,14 @@ from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
 from trace_ray.runtime.registry import AdapterRecord, RegisteredVersion
-from trace_ray.runtime.score import ScoreSummary, Scoring, score_conflicts, score_on_cluster
+from trace_ray.runtime.score import (
+    SCORES_FILE,
+    ScoreSummary,
+    Scoring,
+    score_conflicts,
+    score_on_cluster,
+    score_schema,
+)
 from trace_ray.runtime.store import StageResult, stream_rows, write_json, write_rows
 from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, rows_schema, train
 from trace_ray.runtime.triaged import TriagedRows
@@ -108,7 +115,10 @@ def _score_worker(job: ModelJob, out: str) -> None:
 
 
 def _write_scores(out: Path, summary: ScoreSummary) -> None:
-    write_json(out / "scores.json", [score.to_row() for score in summary.scores])
+    scores = [score.to_row() for score in summary.scores]
+    write_json(out / "scores.json", scores)
+    scores.sort(key=lambda row: row["pair_id"])
+    write_rows(out / SCORES_FILE, scores, score_schema())
     write_json(out / "gold_batch.json", [pair.to_row() for pair in summary.gold])
     write_json(
         out / "summary.json",

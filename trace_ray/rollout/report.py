@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.errors import RegistryError
 from trace_ray.rollout.gate import gate_row
-from trace_ray.runtime.store import write_json, write_rows, write_tables
+from trace_ray.runtime.score import SCORES_FILE
+from trace_ray.runtime.store import stream_rows, write_json, write_rows, write_tables
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +147,9 @@ def write(
     """Write the run's files and point ``<storage>/latest`` at them."""
     if report["triage"] is not None and rows is not None:
         write_rows(run_dir / VERDICTS, _verdict_rows(inputs, rows), _verdict_schema())
-        write_tables(run_dir / TRIAGED, _scored(inputs, rows, results), _scored_schema())
+        write_tables(
+            run_dir / TRIAGED, _scored(inputs.policy.digest, rows, results), _scored_schema()
+        )
         _log_triage(inputs, report)
     write_json(run_dir / REPORT, report)
     latest = Path(inputs.config.storage, "latest")
@@ -196,20 +199,45 @@ def _scored_schema() -> Any:
     return pa.schema([*given, ("policy_digest", pa.string()), ("scores", pa.list_(score))])
 
 
-def _scored(inputs: Inputs, rows: TriagedRows, results: dict[str, dict[str, Any]]) -> Iterator[Any]:
+class _Scores:
+    """One model's scores, read beside the rows: both come in the order of their ids."""
+
+    def __init__(self, model: str, folder: Path):
+        self.model, path = model, folder / SCORES_FILE
+        # A stage of an earlier version has them as JSON alone.
+        self.rows = stream_rows(path) if path.exists() else iter(_json_scores(folder))
+        self.head = next(self.rows, None)
+
+    def of(self, pair_id: str) -> dict[str, Any] | None:
+        """Return a pair's score, if it has one; the ids asked for come in order."""
+        while self.head is not None and self.head["pair_id"] < pair_id:
+            self.head = next(self.rows, None)
+        if self.head is None or self.head["pair_id"] != pair_id:
+            return None
+        return {"model": self.model, "raw": self.head["raw"], "weight": self.head["weight"]}
+
+
+def _json_scores(folder: Path) -> list[dict[str, Any]]:
+    rows = json.loads((folder / "scores.json").read_text())
+    return sorted(rows, key=lambda row: row["pair_id"])
+
+
+def _scored(
+    policy_digest: str, rows: TriagedRows, results: dict[str, dict[str, Any]]
+) -> Iterator[Any]:
     """Triaged pairs with each model's raw score and weight (none for rows without one)."""
     import pyarrow as pa
 
-    scores: dict[str, list[dict[str, Any]]] = {}
-    for name, result in results.items():
-        path = result.get("scores_path")
-        for row in json.loads(Path(path, "scores.json").read_text()) if path else ():
-            score = {"model": name, "raw": row["raw"], "weight": row["weight"]}
-            scores.setdefault(row["pair_id"], []).append(score)
+    models = [
+        _Scores(name, Path(result["scores_path"]))
+        for name, result in results.items()
+        if result.get("scores_path")
+    ]
     schema = _scored_schema()
     for table in rows.tables():
-        found = [scores.get(pair_id, []) for pair_id in table.column("pair_id").to_pylist()]
-        digests = pa.array([inputs.policy.digest] * len(found), pa.string())
+        ids = table.column("pair_id").to_pylist()
+        found = [[score for m in models if (score := m.of(pair_id))] for pair_id in ids]
+        digests = pa.array([policy_digest] * len(found), pa.string())
         table = table.append_column("policy_digest", digests)
         table = table.append_column("scores", pa.array(found, schema.field("scores").type))
         yield table.select(schema.names).cast(schema)

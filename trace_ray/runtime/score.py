@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import ImpactConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from trace_ray.core.impact import GoldPair
     from trace_ray.models.scorer import Conflict, Scorer
 
+SCORES_FILE = "scores.parquet"
+"""A model's impact scores in the order of their pairs' ids, in its stage folder."""
 Progress = Callable[[int, int], None]
 Triaged = Sequence[TriagedPair] | TriagedRows
 """Triaged rows in memory or on disk."""
+
+
+def score_schema() -> Any:
+    """Return the parquet schema of ``ImpactScore.to_row()``."""
+    import pyarrow as pa
+
+    return pa.schema([("pair_id", pa.string()), ("raw", pa.float64()), ("weight", pa.float64())])
 
 
 @dataclass(frozen=True, slots=True)
