@@ -17,9 +17,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from small_fleet import here
 
 from trace_ray.data.synthetic import generate
 from trace_ray.runtime.audit_log import AuditLog
+from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.testing import tiny_model
 
@@ -224,8 +226,7 @@ def test_mlflow_holds_the_adapter_alone_with_its_lineage(realigned, tmp_path):
 
 
 def test_the_run_is_in_the_audit_chain_with_its_gate_decisions(realigned):
-    words = [sys.executable, "-m", "trace_ray.cli", "audit", "verify", realigned / "realign.yaml"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = here("audit", "verify", realigned / "realign.yaml")
     assert done.returncode == 0, done.stderr
     deployed, made = AuditLog(realigned / "storage" / "audit").records()[:2]
     assert deployed.what == made.what == "realign"
@@ -260,93 +261,18 @@ def test_the_run_has_its_page_and_a_bundle_for_auditors(realigned, tmp_path):
         assert model["adapter_id"] in page
     for part in ("Training", "Decisions", "most changed answers"):
         assert part in page
-    for words in (["export", realigned / "realign.yaml", "b.zip"], ["verify", "b.zip"]):
-        command = [sys.executable, "-m", "trace_ray.cli", "audit", *words]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    bundle = tmp_path / "b.zip"
+    for words in (["export", realigned / "realign.yaml", bundle], ["verify", bundle]):
+        done = here("audit", *words)
         assert done.returncode == 0, done.stderr
     assert "2 gate decisions made again alike" in done.stdout
 
 
-@pytest.mark.parametrize("champion", [2, 1])
-def test_the_same_run_again_does_no_work_whatever_was_promoted_or_rolled_back(realigned, champion):
-    before, report = stages(realigned), report_of(realigned)
-    registry = Registry(default_uri(realigned / "storage"))
-    for version in (2, 1, champion):
-        registry.set_alias("trace-a", "champion", version)
-    done = job(realigned / "realign.yaml")
-    registry.set_alias("trace-a", "champion", 1)
-    assert done.returncode == 0, done.stderr
-    assert stages(realigned) == before
-    again = report_of(realigned)
-    assert [m["adapter_id"] for m in again["models"]] == [m["adapter_id"] for m in report["models"]]
-    assert [m["registered_as"] for m in again["models"]] == [
-        m["registered_as"] for m in report["models"]
-    ]
-
-
-def test_a_judge_below_its_bar_may_not_triage(deployed):
-    config = yaml.safe_load((deployed / "realign.yaml").read_text())
-    config["judge"]["min_auc"] = 1.0
-    config["judge"]["fit"]["seed"] = 5
-    (deployed / "strict.yaml").write_text(yaml.safe_dump(config))
-    done = job(deployed / "strict.yaml")
-    assert done.returncode == 2
-    assert "judge.min_auc" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_without_a_conflict_every_model_is_kept(deployed):
-    config = yaml.safe_load((deployed / "realign.yaml").read_text())
-    clause = {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "xyzzy"}}
-    policy = {"id": "acme", "version": "3", "clauses": [clause]}
-    (deployed / "policy-3.yaml").write_text(yaml.safe_dump(policy))
-    config |= {"policy": "policy-3.yaml", "judge": {"kind": "rules"}}
-    (deployed / "kept.yaml").write_text(yaml.safe_dump(config))
-    done = job(deployed / "kept.yaml")
-    assert done.returncode == 0, done.stderr
-    assert "kept: no conflict" in done.stdout
-    assert report_of(deployed)["unchanged"] == ["a", "b"]
-
-
-def test_a_second_update_starts_from_the_first_with_corrected_responses(realigned):
-    """Objective trace_oracle, replies from a file, judged by the rules, on what update 2 left."""
-    first = realigned_id(realigned, "a")
-    config = yaml.safe_load((realigned / "realign.yaml").read_text())
-    clause = {"id": "no-t", "text": "Never say the.", "checks": {"must_not_match": r"\bthe\b"}}
-    policy = {"id": "acme", "version": "4", "clauses": [clause]}
-    (realigned / "policy-4.yaml").write_text(yaml.safe_dump(policy))
-    prompts = [json.loads(line)["prompt"] for line in (realigned / "pairs.jsonl").open()]
-    replies = [{"prompt": p, "response": r} for p in prompts for r in ("the bad", f"Good: {p[:9]}")]
-    write_jsonl(realigned / "replies.jsonl", replies)
-    model = config["models"][0] | {"adapter": "models:/trace-a@challenger"}
-    config |= {"policy": "policy-4.yaml", "judge": {"kind": "rules"}, "models": [model]}
-    config |= {"oracle": {"kind": "file", "path": "replies.jsonl"}, "flip_labels": 0.1}
-    config["training"] |= {"objective": "trace_oracle", "label_smoothing": 0.1, "max_tokens": 400}
-    del config["evaluation"]
-    (realigned / "oracle.yaml").write_text(yaml.safe_dump(config))
-    done = job(realigned / "oracle.yaml")
-    assert done.returncode == 0, done.stderr
-    report = report_of(realigned)
-    written = report["corrections"]
-    assert 0 < written["accepted"] <= written["asked"]
-    assert "punish pairs corrected" in done.stdout
-    assert report["models"][0]["parent_adapter"] == first
-    rows = pq.read_table(realigned / "storage" / "latest" / "triaged.parquet").to_pylist()
-    fixed = [row for row in rows if "(corrects " in row["source"]]
-    assert len(fixed) == written["accepted"]
-    for row in fixed:
-        assert row["category"] == "invert"
-        assert row["rejected"].startswith("Good: ")
-        assert row["scores"]
-    (history,) = (
-        json.loads(path.read_text())
-        for path in (realigned / "storage" / "stages" / "adapters").glob("*/history.json")
-        if json.loads((path.parent / "stage.json").read_text())["inputs"]["training"]["objective"]
-        == "trace_oracle"
-    )
-    # The reference is the model that the first update left: no margin before the first step.
-    assert history["log"][0]["margin_sum"] == pytest.approx(0, abs=1e-3)
+def assert_no_work(folder, before, report):
+    """No stage was done again, and the report names the same adapters."""
+    assert stages(folder) == before
+    for key in ("adapter_id", "registered_as"):
+        assert [m[key] for m in report_of(folder)["models"]] == [m[key] for m in report["models"]]
 
 
 def free_port():
@@ -369,6 +295,10 @@ def test_the_registered_models_are_served(realigned, tmp_path, command):
     if command == "serve run":
         settings = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
         settings["http_options"]["port"] = port
+        alone = yaml.safe_load((realigned / "realign.yaml").read_text())
+        alone["models"] = alone["models"][:1]  # one engine to start, not two
+        config = str(realigned / "alone.yaml")
+        Path(config).write_text(yaml.safe_dump(alone))
         settings["applications"][0]["args"]["config"] = config
         (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
         words = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
@@ -387,7 +317,8 @@ def test_the_registered_models_are_served(realigned, tmp_path, command):
             except (OSError, ValueError):
                 time.sleep(1)
         newest = realigned_id(realigned, "a")
-        assert {"a", "b", "a@base", newest} <= {model["id"] for model in models["data"]}
+        both = {"b"} if command == "trace-ray serve" else set()
+        assert {"a", "a@base", newest} | both <= {model["id"] for model in models["data"]}
         ask = {"model": newest, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
         headers, answer = get(f"http://127.0.0.1:{port}/v1/chat/completions", ask)
         assert headers["x-trace-ray-adapter"] == newest
@@ -402,8 +333,12 @@ def test_the_registered_models_are_served(realigned, tmp_path, command):
         server.wait(timeout=60)
 
 
-def test_ray_job_submit(realigned, tmp_path):
+def test_ray_job_submit_of_the_same_run_does_no_work_after_a_rollback(realigned, tmp_path):
     """The job on a cluster of its own, submitted as users submit it."""
+    before, report = stages(realigned), report_of(realigned)
+    registry = Registry(default_uri(realigned / "storage"))
+    for version in (2, 1):
+        registry.set_alias("trace-a", "champion", version)
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     port, dashboard = 26379, 28265
@@ -442,15 +377,85 @@ def test_ray_job_submit(realigned, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout + done.stderr
         assert "trace-a/2" in done.stdout
+        assert_no_work(realigned, before, report)
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(timeout=60)
 
 
-def test_verdicts_outlive_the_triage_and_people_have_the_last_word(deployed):
+@pytest.fixture(scope="module")
+def up(realigned):
+    """Ray in this process, for the runs from here on."""
+    with connected():
+        yield
+
+
+def test_the_same_run_again_does_no_work_after_a_promotion(realigned, up):
+    before, report = stages(realigned), report_of(realigned)
+    registry = Registry(default_uri(realigned / "storage"))
+    registry.set_alias("trace-a", "champion", 2)
+    done = here("apply", realigned / "realign.yaml")
+    registry.set_alias("trace-a", "champion", 1)
+    assert done.returncode == 0, done.stderr
+    assert_no_work(realigned, before, report)
+
+
+def test_a_judge_below_its_bar_may_not_triage(realigned, up):
+    config = yaml.safe_load((realigned / "realign.yaml").read_text())
+    config["judge"]["min_auc"] = 1.0
+    (realigned / "strict.yaml").write_text(yaml.safe_dump(config))
+    done = here("apply", realigned / "strict.yaml")
+    assert done.returncode == 2
+    assert "judge.min_auc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_update_starts_from_the_first_with_corrected_responses(realigned, up):
+    """Objective trace_oracle, replies from a file, judged by the rules, on what update 2 left."""
+    first = realigned_id(realigned, "a")
+    config = yaml.safe_load((realigned / "realign.yaml").read_text())
+    clause = {"id": "no-t", "text": "Never say the.", "checks": {"must_not_match": r"\bthe\b"}}
+    policy = {"id": "acme", "version": "4", "clauses": [clause]}
+    (realigned / "policy-4.yaml").write_text(yaml.safe_dump(policy))
+    prompts = [json.loads(line)["prompt"] for line in (realigned / "pairs.jsonl").open()]
+    replies = [{"prompt": p, "response": r} for p in prompts for r in ("the bad", f"Good: {p[:9]}")]
+    write_jsonl(realigned / "replies.jsonl", replies)
+    model = config["models"][0] | {"adapter": "models:/trace-a@challenger"}
+    config |= {"policy": "policy-4.yaml", "judge": {"kind": "rules"}, "models": [model]}
+    config |= {"oracle": {"kind": "file", "path": "replies.jsonl"}, "flip_labels": 0.1}
+    config["training"] |= {"objective": "trace_oracle", "label_smoothing": 0.1, "max_tokens": 400}
+    del config["evaluation"]
+    (realigned / "oracle.yaml").write_text(yaml.safe_dump(config))
+    done = here("apply", realigned / "oracle.yaml")
+    assert done.returncode == 0, done.stderr
+    report = report_of(realigned)
+    written = report["corrections"]
+    assert 0 < written["accepted"] <= written["asked"]
+    assert "punish pairs corrected" in done.stdout
+    assert report["models"][0]["parent_adapter"] == first
+    rows = pq.read_table(realigned / "storage" / "latest" / "triaged.parquet").to_pylist()
+    fixed = [row for row in rows if "(corrects " in row["source"]]
+    assert len(fixed) == written["accepted"]
+    for row in fixed:
+        assert row["category"] == "invert"
+        assert row["rejected"].startswith("Good: ")
+        assert row["scores"]
+    (history,) = (
+        json.loads(path.read_text())
+        for path in (realigned / "storage" / "stages" / "adapters").glob("*/history.json")
+        if json.loads((path.parent / "stage.json").read_text())["inputs"]["training"]["objective"]
+        == "trace_oracle"
+    )
+    # The reference is the model that the first update left: no margin before the first step.
+    assert history["log"][0]["margin_sum"] == pytest.approx(0, abs=1e-3)
+
+
+def test_verdicts_outlive_the_triage_people_have_the_last_word_and_no_conflict_keeps_all(
+    realigned, up
+):
     """Last, because a person's answer is a reason to triage again."""
-    config = yaml.safe_load((deployed / "realign.yaml").read_text())
-    chosen = [json.loads(line)["chosen"] for line in (deployed / "pairs.jsonl").open()]
+    config = yaml.safe_load((realigned / "realign.yaml").read_text())
+    chosen = [json.loads(line)["chosen"] for line in (realigned / "pairs.jsonl").open()]
     alone = next(text for text in chosen if sum(text in other for other in chosen) == 1)
     script = [
         {"contains": alone, "p_violate": 0.5},
@@ -458,21 +463,23 @@ def test_verdicts_outlive_the_triage_and_people_have_the_last_word(deployed):
     ]
     band = {"p_low": 0.3, "p_high": 0.7}
     config |= {"judge": {"kind": "scripted", "script": script, "abstain": band}}
-    path = deployed / "scripted.yaml"
+    path = realigned / "scripted.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = job(path)
+    done = here("apply", path)
     assert done.returncode == 0, done.stderr
-    counts = report_of(deployed)["triage"]
+    assert "kept: no conflict" in done.stdout
+    assert report_of(realigned)["unchanged"] == ["a", "b"]
+    counts = report_of(realigned)["triage"]
     assert (counts["review"], counts["unjudged"], counts["cache_hits"]) == (1, 1, 0)
     assert counts["judge_calls"] > 0
-    review = deployed / "storage" / "latest" / "review.jsonl"
-    answered = deployed / "answered.jsonl"
+    review = realigned / "storage" / "latest" / "review.jsonl"
+    answered = realigned / "answered.jsonl"
     answered.write_text(json.dumps(json.loads(review.read_text()) | {"verdict": "complies"}))
-    words = [sys.executable, "-m", "trace_ray.cli", "review", "import", answered, "--config", path]
-    subprocess.run(words, cwd=ROOT, check=True, timeout=120)
-    done = job(path)
+    imported = here("review", "import", answered, "--config", path)
+    assert imported.returncode == 0, imported.stderr
+    done = here("apply", path)
     assert done.returncode == 0, done.stderr
-    again = report_of(deployed)["triage"]
+    again = report_of(realigned)["triage"]
     assert (again["judge_calls"], again["cache_hits"]) == (0, counts["judge_calls"])
     assert (again["review"], again["unjudged"], again["retain"]) == (0, 0, counts["retain"] + 1)
     assert not review.exists()
