@@ -2,14 +2,17 @@
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import ray
+import typer
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from trace_ray.cli import app
 from trace_ray.config import FleetConfig, _merge_training
 
 ROOT = Path(__file__).parents[1]
@@ -103,3 +106,39 @@ def test_kuberay_manifests_have_the_shape_the_operator_wants(name):
     else:
         serve = ServeDeploySchema(**yaml.safe_load(spec["serveConfigV2"]))
         assert serve.applications[0].import_path == "trace_ray.serve.app:build"
+
+
+def run_lines(workflow):
+    """Every command line of a workflow's steps."""
+    for job in workflow["jobs"].values():
+        for step in job["steps"]:
+            yield from step.get("run", "").splitlines()
+
+
+def test_the_github_workflow_uses_commands_and_flags_that_exist():
+    workflow = yaml.safe_load((ROOT / "examples" / "github-actions.yml").read_text())
+    called = [
+        shlex.split(line.partition("> ")[0].strip())[1:]
+        for line in run_lines(workflow)
+        if line.strip().startswith("trace-ray ")
+    ]
+    assert {words[0] for words in called} == {"policy", "plan", "evaluate"}
+    assert ["policy", "test"] in [words[:2] for words in called]
+    for words in called:
+        command = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        # What the command line's own parser makes of it: an unknown flag raises.
+        command.make_context("trace-ray", words)
+
+
+def test_the_github_workflow_runs_actions_of_github_alone_with_few_rights():
+    workflow = yaml.safe_load((ROOT / "examples" / "github-actions.yml").read_text())
+    used = [
+        step["uses"] for job in workflow["jobs"].values() for step in job["steps"] if "uses" in step
+    ]
+    assert used
+    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", each) for each in used)
+    assert workflow["permissions"] == {"contents": "read", "pull-requests": "write"}
+    # What a stranger's pull request says never becomes part of a script.
+    assert not [line for line in run_lines(workflow) if "${{" in line]

@@ -28,6 +28,7 @@ POLICY = {
     "clauses": [{"id": "no-script", "text": "None.", "checks": CHECKS}],
 }
 ONE = {"value": 0.5, "ci_low": 0.25, "ci_high": 0.75, "n": 5}
+RATES = {"asr": ONE, "direct": ONE, "wrappers": {EVIL[0]: ONE}, "unjudged": 1}
 
 
 class Page(HTMLParser):
@@ -78,6 +79,7 @@ def page(tmp_path_factory):
         "tpa_before": ONE,
         "tpa_after": ONE,
         "tpa_gain": ONE,
+        "asr": {"before": RATES, "after": RATES, "difference": ONE},
         "bins": {"invert": ONE | {"before": ONE}},
         "retention": {
             "kl": 0.2,
@@ -108,6 +110,12 @@ def page(tmp_path_factory):
             "judge": {"name": EVIL[0], "auc": None, "n_test": 0},
         },
         "models": [model, bare],
+        "judges": {
+            "triage": EVIL[0],
+            "gate": EVIL[1],
+            "same": [EVIL[0]],
+            "agreement": {"kappa": ONE, "same": ONE, "n": 5, "left_out": 1},
+        },
         "failed": {"three": EVIL[0]},
         "unchanged": ["four"],
         "wall_s": 12.0,
@@ -147,8 +155,15 @@ def test_everything_is_there(page):
         assert part in text
     for part in ("most changed answers", "Decisions", "Costs", "failed: <script>", "not measured"):
         assert part in text
-    assert found.tags.count("svg") == 4
-    assert found.tags.count("circle") == 4
+    for part in (
+        "Under attack",
+        "Who judged",
+        "kappa 0.50 [0.25, 0.75]",
+        "the gate is not held out",
+    ):
+        assert part in " ".join(text.split())
+    assert found.tags.count("svg") == 5
+    assert found.tags.count("circle") == 8
     assert "does not agree → agrees" in text
 
 

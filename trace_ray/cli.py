@@ -11,6 +11,7 @@ import typer
 
 from trace_ray.commands import (
     audit,
+    evaluate,
     fleet,
     harvest,
     judge,
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(fleet.app)
+app.add_typer(evaluate.app)
 app.add_typer(lineage.app)
 policy_app = typer.Typer(help="Work with policy files.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
@@ -45,11 +47,15 @@ app.add_typer(harvest.app)
 def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = False) -> int:
     """Run a fleet config, print its table; return 0, 1 where a model failed, 130 where it was stopped."""
     from trace_ray.rollout.apply import apply
+    from trace_ray.rollout.events import announced
     from trace_ray.rollout.plan_file import config_of
-    from trace_ray.rollout.report import summary_table, triage_line
+    from trace_ray.rollout.report import outline, summary_table, triage_line
+    from trace_ray.rollout.second_judge import agreement_line, warning
 
     try:
-        report = apply(config, only, force_unlock=force_unlock)
+        with announced(config, "apply") as told:
+            report = apply(config, only, force_unlock=force_unlock)
+            told |= outline(report)
     except StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         return 130
@@ -57,6 +63,10 @@ def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = Fal
     console.print(summary_table(report))
     if line := triage_line(report):
         console.print(line)
+    if line := agreement_line(report["judges"]):
+        console.print(line)
+    if why := warning(report["judges"]):
+        typer.echo(f"warning: {why}", err=True)
     console.print(f"report: run {report['run_id']}, {report['wall_s']:.0f} s")
     failed = {name: why for name, why in report["failed"].items() if not only or name in only}
     for name, why in failed.items():

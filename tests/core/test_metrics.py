@@ -18,6 +18,7 @@ from trace_ray.core.metrics import (
     cohen_kappa,
     distinct_n,
     expected_calibration_error,
+    kappa_interval,
     paired_difference_interval,
     share_interval,
 )
@@ -170,3 +171,31 @@ def test_wilson_interval_of_a_share(count, n, low, high):
     found = share_interval(count, n)
     assert found.value == count / n
     assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_kappa_interval_by_hand() -> None:
+    # 8 of 10 agree, half of each rater's say yes: p_e = 1/2, kappa = .6; Wilson's interval of 8 of 10
+    # is [.4902, .9433], so kappa's is [-.0196, .8866].
+    a, b = [1] * 5 + [0] * 5, [1] * 4 + [0, 1] + [0] * 4
+    found = kappa_interval(a, b)
+    assert found is not None
+    assert (found.value, found.n) == (pytest.approx(0.6), 10)
+    assert (found.ci_low, found.ci_high) == pytest.approx((-0.0196, 0.8866), abs=1e-4)
+    alike = kappa_interval(a, a)
+    assert alike is not None
+    assert (alike.value, alike.ci_high) == (1.0, pytest.approx(1.0))
+    assert alike.ci_low < 0.5
+    assert kappa_interval([1, 1], [1, 1]) is None
+
+
+@pytest.mark.parametrize(("n", "agree"), [(30, 0.95), (60, 0.8), (60, 0.5)])
+def test_kappa_interval_covers_the_true_value(n: int, agree: float) -> None:
+    rng = np.random.default_rng(0)
+    # One rater says yes half of the time, the other the same with probability `agree`.
+    truth = 2 * agree - 1
+    hits = 0
+    for _ in range(400):
+        first = rng.random(n) < 0.5
+        found = kappa_interval(first, first ^ (rng.random(n) >= agree))
+        hits += found is not None and found.ci_low <= truth <= found.ci_high
+    assert hits / 400 >= 0.92

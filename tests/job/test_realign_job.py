@@ -122,6 +122,8 @@ def folder(tmp_path_factory):
             "must_comply": "must_comply.jsonl",
             "max_new_tokens": 8,
             "blimp_pairs": 10,
+            "attacks": "builtin",
+            "attacks_per_prompt": 1,
         },
     }
     (at / "deploy.yaml").write_text(yaml.safe_dump(deploy))
@@ -255,11 +257,71 @@ def test_the_gate_has_every_measure_item_by_item(realigned):
             assert sum(outcomes["capability"]["before"]) / 10 == pytest.approx(measured)
 
 
+def test_attacks_are_measured_before_and_after(realigned):
+    heldout = [json.loads(line) for line in (realigned / "heldout.jsonl").open()]
+    attacked = [row["prompt"] for row in heldout if row["bin"] != "retain"]
+    for model in report_of(realigned)["models"]:
+        folder = Path(model["answers_path"]).parent
+        rows = pq.read_table(folder / "attacks.parquet").to_pylist()
+        assert [row["request"] for row in rows] == attacked
+        for row in rows:
+            assert row["request"] in row["prompt"][-1]["content"]
+        outcomes = json.loads((folder / "outcomes.json").read_text())["asr"]
+        assert len(outcomes["before"]) == len(outcomes["after"]) == len(attacked)
+        for side in ("before", "after"):
+            assert model["asr"][side]["asr"]["n"] == len(attacked)
+            assert model["asr"][side]["direct"]["n"] == len(attacked)
+        assert model["gate"]["asr"]["n"] == len(attacked)
+        assert model["asr"]["difference"]["value"] == model["gate"]["asr"]["value"]
+
+
+def test_the_judge_that_triaged_is_compared_with_the_one_that_measures(realigned):
+    judges = report_of(realigned)["judges"]
+    assert judges["triage"].startswith("llama@")
+    assert judges["gate"].startswith("rules@")
+    assert judges["same"] == []
+    assert judges["agreement"]["n"] + judges["agreement"]["left_out"] == 2 * 2 * 9
+    assert judges["models"].keys() == {"a", "b"}
+    assert "error" not in judges
+
+
+def test_evaluate_measures_a_candidate_without_training_and_only_once(realigned, tmp_path):
+    words = ["evaluate", realigned / "realign.yaml", "--only", "a", "--out", tmp_path / "r.json"]
+    words += ["--adapter", "models:/trace-a@challenger"]
+    words += [word for name in ("agreement", "asr", "drift") for word in ("--suite", name)]
+    command = [sys.executable, "-m", "trace_ray.cli", *map(str, words)]
+    before, report = stages(realigned), report_of(realigned)
+    for again in (False, True):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert f"1 measured, {int(again)} of them before" in done.stdout
+        assert "attack success (ASR)" in done.stdout
+    added = {Path(path).parent.parent.name for path in stages(realigned).keys() - before.keys()}
+    assert added == {"evaluations"}
+    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
+    (run,) = (each for each in report["models"] if each["name"] == "a")
+    # The same answers by the same engine as the run's own measurement.
+    assert model["adapter_sha256"] == run["adapter_sha256"]
+    assert model["agreement"]["tpa"] == run["tpa_after"]
+    assert model["asr"] == run["asr"]["after"]
+    assert model["drift"]["kl"] == pytest.approx(run["retention"]["kl"], rel=1e-3)
+    assert model["drift"]["from"] == run["parent_adapter"]
+    assert (model["over_refusal"], model["capability"]) == (None, None)
+    refused = subprocess.run(
+        [*command[:4], str(realigned / "realign.yaml"), "--adapter", "x", "--suite", "speed"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2
+    assert "--only" in refused.stderr
+
+
 def test_the_run_has_its_page_and_a_bundle_for_auditors(realigned, tmp_path):
     page = (realigned / "storage" / "latest" / "report.html").read_text()
     for model in report_of(realigned)["models"]:
         assert model["adapter_id"] in page
-    for part in ("Training", "Decisions", "most changed answers"):
+    for part in ("Training", "Decisions", "most changed answers", "Under attack", "Who judged"):
         assert part in page
     bundle = tmp_path / "b.zip"
     for words in (["export", realigned / "realign.yaml", bundle], ["verify", bundle]):

@@ -45,9 +45,13 @@ def status(config: ConfigPath) -> None:
 def promote(config: ConfigPath, model: Models = None, force: Force = "") -> None:
     """Make challengers champions where the gate said promote: all of them, or none."""
     with exits_cleanly():
+        from trace_ray.rollout.events import announced
         from trace_ray.rollout.promotion import Rollouts
 
-        _say(Rollouts(str(config)).promote(model or (), force), "no challenger to promote")
+        with announced(str(config), "promote") as told:
+            change = Rollouts(str(config)).promote(model or (), force)
+            told |= change or {"models": []}
+        _say(change, "no challenger to promote")
 
 
 @app.command("rollback")
@@ -61,9 +65,12 @@ def rollback(
 ) -> None:
     """Bring earlier champions back: the previous ones, or those of a policy version."""
     with exits_cleanly():
+        from trace_ray.rollout.events import announced
         from trace_ray.rollout.promotion import Rollouts
 
-        change = Rollouts(str(config)).rollback(model or (), to_policy, force)
+        with announced(str(config), "rollback") as told:
+            change = Rollouts(str(config)).rollback(model or (), to_policy, force)
+            told |= change or {"models": []}
         _say(change, "nothing to go back to: every model is there already")
 
 

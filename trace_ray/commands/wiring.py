@@ -37,7 +37,9 @@ def asking(*configs: str) -> Iterator[None]:
     from trace_ray.config import load_config
     from trace_ray.rollout.judging import has_engine
 
-    judges = [load_config(config).judge for config in configs]
+    loaded = [load_config(config) for config in configs]
+    judges = [config.judge for config in loaded]
+    judges += [config.evaluation.judge for config in loaded if config.evaluation is not None]
     if not any(judge is not None and has_engine(judge) for judge in judges):
         yield
         return

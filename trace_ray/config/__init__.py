@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from trace_ray.config.evaluation import EvaluationConfig
+from trace_ray.config.events import EventsSection
 from trace_ray.config.gate import GateSection
 from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
@@ -26,6 +28,8 @@ from trace_ray.errors import ConfigError, problems
 
 __all__ = [
     "EngineConfig",
+    "EvaluationConfig",
+    "EventsSection",
     "FleetConfig",
     "GateSection",
     "ImpactConfig",
@@ -98,27 +102,6 @@ class ModelConfig(Section):
     engine: EngineConfig = EngineConfig()
 
 
-class EvaluationConfig(Section):
-    """How a model is measured before and after."""
-
-    prompts: str
-    """jsonl of {prompt, bin[, must_mention]}: held-out prompts."""
-    max_prompts: int | None = Field(default=None, ge=1)
-    """Measure on so many prompts, an even sample over the bins; null = all."""
-    max_new_tokens: int = Field(default=48, ge=1)
-    retention_prompts: str | None = None
-    """jsonl of {prompt}: unrelated prompts for the token KL; null uses the built-in sample."""
-    near_duplicate: float = Field(default=0.8, gt=0, le=1)
-    """A prompt this much like a training prompt (Jaccard index of three words in a row) isn't held out:
-    the run is refused."""
-    must_comply: str | None = None
-    """jsonl of {prompt}: harmless prompts that must be answered; the gate compares how often they are
-    refused. null = not measured."""
-    blimp_pairs: int = Field(default=400, ge=0)
-    """BLiMP pairs scored when TRACE_RAY_DATA is set; 0 = none."""
-    seed: int = 0
-
-
 class TrackingConfig(Section):
     """MLflow."""
 
@@ -153,6 +136,7 @@ class FleetConfig(Section):
     """Models realigned at once, the largest first; null = all, as the cluster has room."""
     rollout: RolloutSection = RolloutSection()
     serve: ServeSection = ServeSection()
+    events: EventsSection = EventsSection()
     storage: str = ".trace-ray"
     tracking: TrackingConfig = TrackingConfig()
 
@@ -274,10 +258,9 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
         oracle = oracle.model_copy(update={"adapter": at(oracle.adapter)})
     evaluation = config.evaluation
     if evaluation is not None:
-        files = ("prompts", "retention_prompts", "must_comply")
-        evaluation = evaluation.model_copy(
-            update={name: at(getattr(evaluation, name)) for name in files}
-        )
+        found = {name: at(getattr(evaluation, name)) for name in evaluation.files}
+        judged = evaluation.judge and with_paths(evaluation.judge)
+        evaluation = evaluation.model_copy(update=found | {"judge": judged})
     data = config.data.model_copy(
         update={"source": at(config.data.source), "gold": at(config.data.gold)}
     )
@@ -302,10 +285,11 @@ def _input_files(config: FleetConfig) -> dict[str, str]:
         "data.gold": config.data.gold,
         "oracle.path": config.oracle.path if isinstance(config.oracle, FileOracle) else None,
         "oracle.adapter": config.oracle.adapter if isinstance(config.oracle, VLLMOracle) else None,
-        "evaluation.prompts": evaluation.prompts if evaluation else None,
-        "evaluation.retention_prompts": evaluation.retention_prompts if evaluation else None,
-        "evaluation.must_comply": evaluation.must_comply if evaluation else None,
     }
+    if evaluation is not None:
+        files |= {f"evaluation.{name}": getattr(evaluation, name) for name in evaluation.files}
+        if evaluation.judge is not None:
+            files |= _judge_files(evaluation.judge, "evaluation.judge")
     files |= config.serve.files()
     files |= _judge_files(judge, "judge") if judge else {}
     return {field: value for field, value in files.items() if value is not None}

@@ -142,6 +142,34 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
     return None if chance == 1 else (observed - chance) / (1 - chance)
 
 
+def kappa_interval(
+    first: ArrayLike, second: ArrayLike, confidence: float = 0.95
+) -> Interval | None:
+    """Return Cohen's kappa with an interval; None where kappa is undefined.
+
+        (l - p_e) / (1 - p_e),  l: each end of the Wilson interval of the observed agreement
+
+    This is Cohen's own interval (Educ. Psychol. Meas. 20, 1960), which takes p_e as known, with Wilson's
+    in the place of the normal interval: perfect agreement on few items is not falsely exact.
+
+    Args:
+        first: [N] of 0 / 1.
+        second: [N] of 0 / 1, the same items.
+        confidence: of the two-sided interval.
+
+    Raises:
+        DataError: no items, or not as many of one as of the other.
+    """
+    kappa = cohen_kappa(first, second)
+    if kappa is None:
+        return None
+    a, b = np.asarray(first).astype(bool), np.asarray(second).astype(bool)
+    chance = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
+    seen = share_interval(int((a == b).sum()), a.size, confidence)
+    low, high = ((end - chance) / (1 - chance) for end in (seen.ci_low, seen.ci_high))
+    return Interval(kappa, max(low, -1.0), min(high, 1.0), a.size)
+
+
 def bootstrap_interval(
     values: ArrayLike, seed: int, n_resamples: int = 2000, confidence: float = 0.95
 ) -> Interval:
@@ -181,11 +209,13 @@ def paired_difference_interval(
     seed: int = 0,
     n_resamples: int = 2000,
     confidence: float = 0.95,
+    *,
+    shares: bool = False,
 ) -> Interval:
     """Return the mean of ``after - before``, items resampled in pairs.
 
-    Where all differences are equal and both sides are 0 / 1, the interval allows for the share of
-    items that might differ (the Wilson bound on 0 of N), so it isn't falsely exact.
+    Where all differences are equal and both sides are 0 / 1 (or ``shares``), the interval allows for
+    the share of items that might differ (the Wilson bound on 0 of N), so it isn't falsely exact.
 
     Args:
         before: [N] floats.
@@ -193,6 +223,7 @@ def paired_difference_interval(
         seed: of the resampling.
         n_resamples: bootstrap samples.
         confidence: of the two-sided interval.
+        shares: each value is a share, anywhere in [0, 1].
 
     Raises:
         DataError: the two differ in length, are empty, or hold NaN or infinite values.
@@ -201,7 +232,7 @@ def paired_difference_interval(
     if len(first) != len(second):
         raise DataError(f"paired values must be as many: {len(first)} before, {len(second)} after")
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
-    support = (-1.0, 0.0, 1.0) if binary else ()
+    support = (-1.0, 0.0, 1.0) if binary or shares else ()
     return _interval(second - first, seed, n_resamples, confidence, support)
 
 

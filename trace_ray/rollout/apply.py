@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.config import ModelConfig
-from trace_ray.errors import ConfigError, TraceRayError
+from trace_ray.errors import TraceRayError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.html_report import write_html
+from trace_ray.rollout.judging import evaluation_judge
 from trace_ray.rollout.keeper import Keeper, held
 from trace_ray.rollout.lineage import SETS, keep_policy, set_digests
 from trace_ray.rollout.model_job import ModelJob
@@ -29,9 +30,10 @@ from trace_ray.rollout.parallel import (
     kept_results,
     run_models,
 )
-from trace_ray.rollout.plan import Inputs, read_inputs
+from trace_ray.rollout.plan import Inputs, chosen_models, read_inputs
 from trace_ray.rollout.plan_file import Expected, digests, input_digests, is_plan, read_plan
 from trace_ray.rollout.review import REVIEW, write_review
+from trace_ray.rollout.second_judge import judges_row
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.store import write_json
@@ -45,6 +47,8 @@ class Outcome:
     triaged: Triaged
     ingested: dict[str, int]
     results: dict[str, dict[str, Any]]
+    judges: dict[str, Any] | None
+    """Who triaged, who measured, and how far they agree."""
     idle: bool
     """No pair conflicts with the policy: every model is kept as it is."""
 
@@ -72,7 +76,7 @@ def apply(
     inputs = read_inputs(config_path)
     if expected is not None:
         expected.require(input_digests(inputs))
-    models = _chosen(inputs, only, config_path)
+    models = chosen_models(inputs, only, config_path)
     run_dir = inputs.store.run_dir(inputs.run_id)
     with held(inputs, config_path, [m.name for m in models], force=force_unlock) as keeper:
         found = _run(inputs, models, keeper, expected)
@@ -88,6 +92,7 @@ def apply(
         )
         report["unchanged"] = [n for n in report["unchanged"] if found.idle]
         report["corrections"] = found.triaged.corrections
+        report["judges"] = found.judges
         left = found.triaged.rows.of(Category.UNJUDGED) if found.triaged.rows else ()
         write_review(run_dir / REVIEW, inputs.policy, left)
         reports.write(inputs, run_dir, report, found.triaged.trained, found.results)
@@ -128,6 +133,7 @@ def _run(
             pairs, ingested = read_pairs(inputs, fleet)
             refuse_overlap(inputs, pairs.path / "pairs.parquet")
             triaged = triage_all(inputs, pairs, fleet)
+            grader = evaluation_judge(inputs, fleet)
             write_json(
                 inputs.store.run_dir(inputs.run_id) / SETS,
                 set_digests(triaged.rows, pairs.path / "pairs.parquet"),
@@ -142,6 +148,7 @@ def _run(
                     pairs_path=str(pairs.path),
                     triage_path=str(triaged.folder) if triaged.folder else None,
                     reporter=Reporter(board, model.name),
+                    grader=grader,
                 )
                 for model in models
                 if model.name in sources and model.name not in live
@@ -153,20 +160,10 @@ def _run(
                     keeper.settle(job.model.name, "kept")
             else:
                 run_models(jobs, keeper, inputs.config.parallel, results)
+            judges = judges_row(inputs, triaged.judge, grader, results, fleet)
             fleet("done", note=f"run {inputs.run_id}")
     in_order = {m.name: results[m.name] for m in inputs.config.models if m.name in results}
-    return Outcome(triaged, ingested, in_order, idle)
-
-
-def _chosen(inputs: Inputs, only: Sequence[str], config_path: str) -> list[ModelConfig]:
-    """The models to run, in the config's order."""
-    models = inputs.config.models
-    known = [model.name for model in models]
-    if unknown := [name for name in only if name not in known]:
-        raise ConfigError(
-            f"--only {' '.join(unknown)}: {config_path} has the models {', '.join(known)}"
-        )
-    return [model for model in models if not only or model.name in only]
+    return Outcome(triaged, ingested, in_order, judges, idle)
 
 
 def all_failed(failed: dict[str, str], config: str) -> TraceRayError:

@@ -18,11 +18,11 @@ from trace_ray.core.audit import AuditHead, AuditRecord, chain_problems, head_of
 from trace_ray.core.policy import Policy, parse_policy
 from trace_ray.errors import AuditError, TraceRayError
 from trace_ray.rollout.gate import gate_rows
+from trace_ray.rollout.grading import OUTCOMES
 from trace_ray.rollout.plan import load_policy
 from trace_ray.rollout.report import REPORT, VERDICTS
 from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog, parse_chain, parse_head
 from trace_ray.runtime.bundle import read_bundle, write_bundle
-from trace_ray.runtime.measure import OUTCOMES
 from trace_ray.runtime.store import read_rows, stream_rows
 
 SAMPLE = 200

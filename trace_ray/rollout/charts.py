@@ -12,11 +12,15 @@ WIDTH = 520
 _LEFT, _RIGHT = 126, 16
 
 
-def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, float]]]]]) -> Markup:
+def intervals(
+    rows: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, float]]]]],
+    title: str = "agreement with the policy, before and after",
+) -> Markup:
     """Draw estimates with their intervals on a scale of 0 to 100%.
 
     Args:
         rows: (label, [(css class, {value, ci_low, ci_high})]), one line each.
+        title: what the chart shows, for readers of the page without eyes on it.
     """
     span = WIDTH - _LEFT - _RIGHT - 40
     parts, y = [], 8
@@ -38,7 +42,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, float]]
         + _text(_LEFT + span * share, y + 10, f"{100 * share:.0f}%", "middle")
         for share in (0, 0.25, 0.5, 0.75, 1)
     ]
-    return _svg([*grid, *parts], y + 18, "agreement with the policy, before and after")
+    return _svg([*grid, *parts], y + 18, title)
 
 
 def flow(source: str, parts: Sequence[tuple[str, str, int]]) -> Markup:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.models.families import read_config
+from trace_ray.rollout.grading import MEASURES as MEASURES_FILE
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
-from trace_ray.runtime.measure import MEASURES as MEASURES_FILE
 from trace_ray.runtime.store import Store
 from trace_ray.runtime.train import HISTORY
 
@@ -171,7 +171,8 @@ def _units(stage: str, folder: Path, inputs: dict[str, Any]) -> int:
     if stage == ADAPTERS:
         steps = json.loads((folder / HISTORY).read_text())["steps"]
         return steps * inputs["training"]["batch_size"]
-    return json.loads((folder / MEASURES_FILE).read_text())["before"]["tpa"]["n"]
+    found = json.loads((folder / MEASURES_FILE).read_text())
+    return found.get("asked") or found["before"]["tpa"]["n"]
 
 
 @functools.cache

@@ -11,13 +11,13 @@ from trace_ray.config import GateSection
 from trace_ray.core.checks import violated_clauses
 from trace_ray.core.gates import GateConfig, GateDecision, GateEvidence, PairedOutcomes, decide
 from trace_ray.core.policy import Policy
-from trace_ray.runtime.measure import OUTCOMES
+from trace_ray.rollout.grading import OUTCOMES
 from trace_ray.runtime.store import read_rows
 from trace_ray.types import EvalPrompt
 
 
 def gate_answers(policy: Policy, answers_path: str | Path, section: GateSection) -> GateDecision:
-    """Decide on what ``runtime.measure`` wrote: compliance, clauses, and each further measure it has.
+    """Decide on what ``rollout.grading`` wrote: compliance, clauses, and each further measure it has.
 
     Args:
         policy: whose checked clauses are compared.
@@ -41,8 +41,8 @@ def gate_rows(
     Args:
         policy: whose checked clauses are compared.
         answers: rows of ``answers.parquet``.
-        outcomes: ``capability`` and ``over_refusal`` as {before: [...], after: [...]}, ``drift`` as
-            one number per prompt; what is missing or null was not measured.
+        outcomes: ``capability``, ``over_refusal`` and ``asr`` as {before: [...], after: [...]},
+            ``drift`` as one number per prompt; what is missing or null was not measured.
         section: the config's ``gate``.
     """
     violated: dict[str, list[set[str]]] = {
@@ -61,7 +61,7 @@ def gate_rows(
     }
     further = {
         name: _paired(found["before"], found["after"])
-        for name in ("capability", "over_refusal")
+        for name in ("capability", "over_refusal", "asr")
         if (found := outcomes.get(name))
     }
     drift = outcomes.get("drift")

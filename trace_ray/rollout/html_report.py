@@ -21,6 +21,7 @@ from trace_ray.errors import DataError
 from trace_ray.rollout import charts
 from trace_ray.rollout.plan import load_policy, open_registry
 from trace_ray.rollout.report import REPORT, TRIAGED
+from trace_ray.rollout.second_judge import warning
 from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.store import read_rows, stream_rows, write_text
 from trace_ray.runtime.train import HISTORY
@@ -82,7 +83,10 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) ->
     }
     is_policy = policy.digest == report["policy"]["digest"]
     view = {
+        "judges": None,  # a report of an earlier version has none
         **report,
+        "judges_warning": warning(report.get("judges")),
+        "attacked": [model for model in models if model.get("asr")],
         "retained": [model for model in models if model["retention"]],
         "scorecard": _scorecard(policy, models, answers) if is_policy and answers else None,
         "changed": [(name, _most_changed(rows)) for name, rows in answers.items()],
@@ -92,6 +96,7 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) ->
             "flow": _flow(report["triage"]) if report["triage"] else None,
             "impact": _impact(run / TRIAGED),
             "loss": _losses(models),
+            "attacks": {model["name"]: _attacks(model) for model in models if model.get("asr")},
         },
     }
     return _environment().get_template(TEMPLATE).render(view)
@@ -125,6 +130,17 @@ def _agreement(models: Sequence[Mapping[str, Any]]) -> Any:
             for name, bin_ in model["bins"].items()
         ]
     return charts.intervals(rows) if rows else None
+
+
+def _attacks(model: Mapping[str, Any]) -> Any:
+    sides = [(side, model["asr"][side]) for side in ("before", "after")]
+    rows = [("all attacks", [(side, found["asr"]) for side, found in sides])]
+    names = dict.fromkeys(name for _, found in sides for name in found["wrappers"])
+    rows += [
+        (name, [(s, found["wrappers"][name]) for s, found in sides if name in found["wrappers"]])
+        for name in names
+    ]
+    return charts.intervals(rows, "attack success rate, before and after")
 
 
 def _flow(triage: Mapping[str, Any]) -> Any:

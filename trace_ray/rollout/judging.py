@@ -21,6 +21,7 @@ from trace_ray.runtime.fit_judge import (
     fit_judge,
     measure_judge,
     read_card,
+    require_auc,
     rules_card,
 )
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
@@ -50,6 +51,35 @@ def prepared_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCar
     if inputs.config.judge is None:
         raise ConfigError("the config has no 'judge' section")
     return _prepared(inputs, inputs.config.judge, inputs.labels, fleet)
+
+
+def evaluation_judge(inputs: Inputs, fleet: Reporter) -> JudgeSpec | None:
+    """Return the judge that measures, as good as ``evaluation.judge`` asks; None without evaluation.
+
+    Raises:
+        JudgeError: it isn't, or can't be built.
+        ModelError: its model or adapter can't be used.
+    """
+    from trace_ray.data.sources import read_labels
+
+    evaluation = inputs.config.evaluation
+    if evaluation is None:
+        return None
+    config = evaluation.judge
+    if config is None:
+        return rule_judge(inputs.policy)
+    labels = read_labels(Path(config.labels)) if config.labels else []
+    try:
+        spec, card = _prepared(inputs, config, labels, fleet)
+        require_auc(card, config.min_auc)
+    except JudgeError as error:
+        raise JudgeError(f"evaluation.judge: {error}") from None
+    return spec
+
+
+def ask_measuring(inputs: Inputs, spec: JudgeSpec, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    """Return the measuring judge's verdicts; a judge that costs something keeps them in the store."""
+    return ask(spec, exchanges, None if spec.kind == "rules" else verdict_store(inputs))
 
 
 def _prepared(
@@ -210,12 +240,17 @@ def open_judge(inputs: Inputs) -> JudgeSpec:
 
 
 def store_named_by(inputs: Inputs) -> dict[str, set[str]]:
-    """Return what a config's judge is asked about, by judge: what ``verdicts gc`` keeps."""
-    if inputs.config.judge is None:
-        return {}
-    spec = open_judge(inputs)
-    by_clause = spec.config.granularity == "clause"
-    return {spec.digest: {CLAUSES if by_clause else inputs.policy.digest}}
+    """Return what a config's judges are asked about, by judge: what ``verdicts gc`` keeps."""
+    reporter = Reporter(None, "judge")
+    specs = [evaluation_judge(inputs, reporter)]
+    if inputs.config.judge is not None:
+        specs.append(open_judge(inputs))
+    named: dict[str, set[str]] = {}
+    for spec in filter(None, specs):
+        by_clause = spec.config.granularity == "clause"
+        about = CLAUSES if by_clause else inputs.policy.digest
+        named.setdefault(spec.digest, set()).add(about)
+    return named
 
 
 def has_engine(config: JudgeConfig) -> bool:

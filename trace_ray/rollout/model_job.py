@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
 from trace_ray.config import ModelConfig
+from trace_ray.core.attacks import Wrapper
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.plan import Inputs
+from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.progress import Reporter
-from trace_ray.types import content_digest
+from trace_ray.types import Prompt, content_digest
 
 SCORES, ADAPTERS, MEASURES = "scores", "adapters", "measures"
 """The stages of a model that the store keeps."""
 
-_NOT_MEASURED = {"prompts", "retention_prompts", "must_comply", "near_duplicate"}
-"""Of the evaluation section: files, which count by their content, and what measuring doesn't read."""
+_NOT_MEASURED = {
+    "prompts",
+    "retention_prompts",
+    "must_comply",
+    "must_refuse",
+    "attacks",
+    "judge",
+    "judge_agreement",
+    "near_duplicate",
+}
+"""Of the evaluation section: what counts by its content, and what measuring doesn't read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,8 @@ class ModelJob:
     pairs_path: str
     triage_path: str | None
     reporter: Reporter
+    grader: JudgeSpec | None = None
+    """Who judges the answers that are measured; None without evaluation."""
 
     @property
     def base_dir(self) -> str:
@@ -86,17 +100,34 @@ class ModelJob:
 
     def measures_key(self, adapter_sha256: str) -> dict[str, Any]:
         """What the measurement depends on."""
-        from trace_ray.models.retention import blimp_pairs
-
-        inputs, evaluation = self.inputs, self.inputs.config.evaluation
-        if evaluation is None:
-            raise ValueError("nothing to measure: the config has no evaluation section")
         return self.key(
-            adapter=adapter_sha256,
-            policy=inputs.policy.digest,
-            prompts=content_digest([item.to_row() for item in inputs.prompts]),
-            retention=content_digest([[t.to_row() for t in p] for p in inputs.retention]),
-            must_comply=content_digest([[t.to_row() for t in p] for p in inputs.must_comply]),
-            evaluation=evaluation.model_dump(mode="json", exclude=_NOT_MEASURED),
-            blimp=bool(blimp_pairs(1)),
+            adapter=adapter_sha256, **measuring_key(self.inputs, self.grader, self.inputs.attacks)
         )
+
+
+def measuring_key(
+    inputs: Inputs, grader: JudgeSpec | None, wrappers: Sequence[Wrapper]
+) -> dict[str, Any]:
+    """What any measurement depends on, beside the model: policy, prompts, attacks, settings, judge."""
+    from trace_ray.models.retention import blimp_pairs
+
+    evaluation = inputs.config.evaluation
+    if evaluation is None or grader is None:
+        raise ValueError("nothing to measure: the config has no evaluation section")
+
+    def digest(prompts: Sequence[Prompt]) -> str:
+        return content_digest([[turn.to_row() for turn in prompt] for prompt in prompts])
+
+    key: dict[str, Any] = {
+        "policy": inputs.policy.digest,
+        "prompts": content_digest([item.to_row() for item in inputs.prompts]),
+        "retention": digest(inputs.retention),
+        "must_comply": digest(inputs.must_comply),
+        "evaluation": evaluation.model_dump(mode="json", exclude=_NOT_MEASURED),
+        "blimp": bool(blimp_pairs(1)),
+        "judge": [grader.digest, grader.threshold, grader.band, grader.config.granularity],
+    }
+    if wrappers:
+        key["attacks"] = [wrapper.to_row() for wrapper in wrappers]
+        key["must_refuse"] = digest(inputs.must_refuse)
+    return key

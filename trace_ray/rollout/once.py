@@ -39,6 +39,8 @@ class Triaged:
     """Stage folder of ``trained``."""
     counts: JudgeCounts
     card: JudgeCard | None
+    judge: JudgeSpec | None = None
+    """Who triaged; None for ``sft``."""
     corrections: dict[str, int] | None = None
     """How many PUNISH pairs the oracle was asked for, and how many of its replies were accepted."""
 
@@ -145,7 +147,7 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
         counts = counts.reused()
     fleet("triage", note=" ".join(f"{name} {n}" for name, n in rows.counts().items()))
     ready = prepare(inputs, rows, stage.path, spec, fleet)
-    return Triaged(rows, ready.rows, ready.folder, counts, card, ready.corrections)
+    return Triaged(rows, ready.rows, ready.folder, counts, card, spec, ready.corrections)
 
 
 def _is_resumed(inputs: Inputs, stage: StageResult) -> bool:

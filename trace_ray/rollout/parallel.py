@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from trace_ray.config import ModelConfig, Resources
 from trace_ray.errors import ModelError, TraceRayError
@@ -20,6 +20,18 @@ from trace_ray.runtime.store import write_json
 
 MODELS = "models"
 """Folder of a run with one result a model."""
+
+
+class HasSource(Protocol):
+    """A job on one model."""
+
+    @property
+    def source(self) -> ModelSource:
+        """The model's base."""
+        ...
+
+
+J = TypeVar("J", bound=HasSource)
 
 
 def find_models(
@@ -111,21 +123,32 @@ def run_models(
     task = ray.remote(
         num_cpus=0, max_retries=0, runtime_env={"env_vars": {"RAY_ADDRESS": address}}
     )(realign)
-    waiting = sorted(jobs, key=lambda job: -weight_bytes(job.base_dir))
-    running: dict[Any, ModelJob] = {}
+    for job, reference in side_by_side(task, jobs, parallel):
+        results[job.model.name] = found = _outcome(reference)
+        status = "failed" if "error" in found else "done"
+        keeper.settle(job.model.name, status, found.get("error", ""), found.get("mlflow_run", ""))
+        keep_result(job.inputs, job.model.name, found)
+
+
+def side_by_side(task: Any, jobs: Sequence[J], parallel: int | None) -> Iterator[tuple[J, Any]]:
+    """Run a Ray task on every job, the largest model first; yield each job and its reference as it ends.
+
+    Args:
+        task: takes a job.
+        jobs: one per model.
+        parallel: how many at once; None = all.
+    """
+    import ray
+
+    waiting = sorted(jobs, key=lambda job: -weight_bytes(str(job.source.path)))
+    running: dict[Any, J] = {}
     while waiting or running:
         while waiting and (parallel is None or len(running) < parallel):
             job = waiting.pop(0)
             running[task.remote(job)] = job
         ended, _ = ray.wait(list(running), num_returns=1)
         for reference in ended:
-            job = running.pop(reference)
-            results[job.model.name] = found = _outcome(reference)
-            status = "failed" if "error" in found else "done"
-            keeper.settle(
-                job.model.name, status, found.get("error", ""), found.get("mlflow_run", "")
-            )
-            keep_result(job.inputs, job.model.name, found)
+            yield running.pop(reference), reference
 
 
 def _outcome(reference: Any) -> dict[str, Any]:

@@ -6,11 +6,15 @@ Everything the user can get wrong fails here or while the pairs are read, before
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trace_ray import __version__
-from trace_ray.config import FleetConfig, load_config, read_yaml
+from trace_ray.config import EvaluationConfig, FleetConfig, ModelConfig, load_config, read_yaml
+from trace_ray.config.evaluation import BUILT_IN
+from trace_ray.core.agreement import CONFLICTS, spread_over_bins
+from trace_ray.core.attacks import Wrapper, parse_wrappers
 from trace_ray.core.policy import Policy, parse_policy
 from trace_ray.data.files import Source, locate
 from trace_ray.data.sources import (
@@ -25,7 +29,7 @@ from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.runtime.store import Store
 from trace_ray.types import Category, EvalPrompt, LabelledResponse, Prompt, content_digest
 
-NOT_ASKED = {"storage", "retries", "parallel", "rollout", "serve"}
+NOT_ASKED = {"storage", "retries", "parallel", "rollout", "serve", "events"}
 """Sections of the config that don't change what a run makes."""
 
 
@@ -39,6 +43,10 @@ class Inputs:
     prompts: list[EvalPrompt]
     retention: list[Prompt]
     must_comply: list[Prompt]
+    must_refuse: list[Prompt]
+    """What attacks are made on."""
+    attacks: list[Wrapper]
+    """[] where the config asks for none."""
     gold: dict[str, Category]
     data_digest: str
     """Digest of the preference data and of how it is read."""
@@ -64,8 +72,12 @@ def load_policy(path: str) -> Policy:
     return parse_policy(read_yaml(Path(path)), path)
 
 
-def read_inputs(config_path: str) -> Inputs:
+def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
     """Load the config and everything it names.
+
+    Args:
+        config_path: the fleet config.
+        data: whether the preference data is needed; without it ``data_digest`` is empty.
 
     Raises:
         ConfigError: the config or the policy.
@@ -78,7 +90,8 @@ def read_inputs(config_path: str) -> Inputs:
     labels = read_labels(Path(judge.labels)) if judge and judge.labels else []
     retention = evaluation.retention_prompts if evaluation else None
     must_comply = evaluation.must_comply if evaluation else None
-    digest = data_digest(config, locate(config.data.source))
+    digest = data_digest(config, locate(config.data.source)) if data else ""
+    prompts = read_eval_prompts(Path(evaluation.prompts)) if evaluation else []
     inputs = {
         "config": config.model_dump(mode="json", exclude=NOT_ASKED, by_alias=True),
         "policy": policy.digest,
@@ -90,9 +103,11 @@ def read_inputs(config_path: str) -> Inputs:
         config=config,
         policy=policy,
         labels=labels,
-        prompts=read_eval_prompts(Path(evaluation.prompts)) if evaluation else [],
+        prompts=prompts,
         retention=read_prompts(Path(retention)) if retention else [],
         must_comply=read_prompts(Path(must_comply)) if must_comply else [],
+        must_refuse=_must_refuse(evaluation, prompts),
+        attacks=_attacks(evaluation, config_path),
         gold=read_gold(Path(config.data.gold)) if config.data.gold else {},
         data_digest=digest,
         run_id=f"{policy.id}-{policy.version}-{content_digest(inputs)[:8]}",
@@ -100,15 +115,63 @@ def read_inputs(config_path: str) -> Inputs:
     )
 
 
+def chosen_models(inputs: Inputs, only: Sequence[str], config_path: str) -> list[ModelConfig]:
+    """Return the models that ``only`` names (empty = all), in the config's order.
+
+    Raises:
+        ConfigError: a name the config doesn't have.
+    """
+    models = inputs.config.models
+    known = [model.name for model in models]
+    if unknown := [name for name in only if name not in known]:
+        raise ConfigError(
+            f"--only {' '.join(unknown)}: {config_path} has the models {', '.join(known)}"
+        )
+    return [model for model in models if not only or model.name in only]
+
+
+def built_in_attacks() -> list[Wrapper]:
+    """Return the package's own attacks."""
+    import trace_ray.data
+
+    path = Path(trace_ray.data.__file__).with_name("attacks.yaml")
+    return parse_wrappers(read_yaml(path), path.name)
+
+
+def _attacks(evaluation: EvaluationConfig | None, source: str) -> list[Wrapper]:
+    if evaluation is None or evaluation.attacks is None:
+        return []
+    named = evaluation.attacks
+    found = (
+        built_in_attacks() if named == BUILT_IN else parse_wrappers(read_yaml(Path(named)), named)
+    )
+    if (evaluation.attacks_per_prompt or 0) > len(found):
+        raise ConfigError(
+            f"{source}: evaluation.attacks_per_prompt: {evaluation.attacks_per_prompt} is more than "
+            f"the {len(found)} attacks of {named}"
+        )
+    return found
+
+
+def _must_refuse(evaluation: EvaluationConfig | None, prompts: list[EvalPrompt]) -> list[Prompt]:
+    if evaluation is None:
+        return []
+    if evaluation.must_refuse is not None:
+        return read_prompts(Path(evaluation.must_refuse))
+    measured = spread_over_bins(prompts, evaluation.max_prompts)
+    return [item.prompt for item in measured if item.bin in CONFLICTS]
+
+
 def _check_measurable(config: FleetConfig, policy: Policy, source: str) -> None:
     by_rules = config.judge is not None and config.judge.kind == "rules"
     if any(clause.checks for clause in policy.clauses):
         return
-    if config.evaluation is not None:
+    evaluation = config.evaluation
+    if evaluation is not None and (evaluation.judge is None or evaluation.judge.kind == "rules"):
         raise ConfigError(
             f"{source}: evaluation: measuring needs at least one clause with 'checks' in "
-            f"{config.policy}: the judge that triages must not grade the result; "
-            "add checks, or leave 'evaluation' out"
+            f"{config.policy}: the judge that triages must not grade the result; add checks, name "
+            "another judge in evaluation.judge, or leave 'evaluation' out"
         )
     if by_rules:
         raise ConfigError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
+from trace_ray.data.sources import read_labels
 from trace_ray.errors import ConfigError
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.model_job import Deployed
@@ -26,6 +27,8 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
 
     config = inputs.config
     settings = config.model_dump(mode="json", exclude=NOT_ASKED)
+    second = config.evaluation.judge if config.evaluation else None
+    labels = read_labels(Path(second.labels)) if second and second.labels else []
     return {
         "config": content_digest(settings),
         "policy": inputs.policy.digest,
@@ -38,6 +41,11 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
         "evaluation.must_comply": content_digest(
             [[turn.to_row() for turn in prompt] for prompt in inputs.must_comply]
         ),
+        "evaluation.must_refuse": content_digest(
+            [[turn.to_row() for turn in prompt] for prompt in inputs.must_refuse]
+        ),
+        "evaluation.judge.labels": content_digest([row.to_row() for row in labels]),
+        "evaluation.attacks": content_digest([each.to_row() for each in inputs.attacks]),
         "data.gold": content_digest({k: str(v) for k, v in inputs.gold.items()}),
         "people's verdicts": content_digest(
             verdict_store(inputs).fingerprint(HUMAN, inputs.policy.digest)

@@ -23,7 +23,8 @@ from trace_ray.core.policy_diff import policy_diff
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout import estimate
 from trace_ray.rollout.estimate import GIB, Cost, Memory
-from trace_ray.rollout.judging import verdict_store
+from trace_ray.rollout.grading import questions
+from trace_ray.rollout.judging import evaluation_judge, verdict_store
 from trace_ray.rollout.lineage import kept_policy
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.rollout.once import TRIAGE, earned_judge, read_pairs, triage_key
@@ -146,6 +147,7 @@ def make_plan(config_path: str, sample: int) -> FleetPlan:
             sources, deployed, failed = find_models(inputs, inputs.config.models)
             pairs, _ = read_pairs(inputs, fleet)
             rows, planned, folder = _triage_plan(inputs, pairs, sample, fleet)
+            grader = evaluation_judge(inputs, fleet)
             node = max((n["Resources"].get("memory", 0) for n in ray.nodes()), default=0)
             models = []
             for model in inputs.config.models:
@@ -160,6 +162,7 @@ def make_plan(config_path: str, sample: int) -> FleetPlan:
                     str(pairs.path),
                     str(folder) if folder else None,
                     Reporter(None, model.name),
+                    grader,
                 )
                 fleet("estimating", note=model.name)
                 models.append(_model_plan(job, rows, planned, node))
@@ -366,12 +369,12 @@ def _open_costs(
     training, evaluation = job.model.training, job.inputs.config.evaluation
     pairs = planned.pairs if planned else len(rows)
     steps = training.max_steps or math.ceil(pairs * training.epochs / training.batch_size)
-    prompts = min(len(job.inputs.prompts), (evaluation and evaluation.max_prompts) or 1 << 30)
+    asked = len(questions(job.inputs, job.inputs.attacks).prompts) if evaluation else 0
     tokens = _pair_tokens(job, rows)
     units = {
         SCORES: max(planned.conflicts if planned else 0, 1),
         ADAPTERS: steps * training.batch_size,
-        MEASURES: prompts,
+        MEASURES: asked,
     }
     answer = evaluation.max_new_tokens if evaluation else 0
     per_unit = {SCORES: tokens, ADAPTERS: tokens, MEASURES: tokens / 2 + answer}

@@ -16,10 +16,13 @@ from trace_ray.core.objectives import WEIGHTED, flip_probability, training_pair
 from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
 from trace_ray.rollout.attempts import attempt
+from trace_ray.rollout.grading import ANSWERS, questions, read_measures, write_measures
+from trace_ray.rollout.judging import ask_measuring
 from trace_ray.rollout.lineage import write_lineage
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
-from trace_ray.runtime.measure import ANSWERS, MeasureJob, measure, read_measures
+from trace_ray.runtime.measure import Measured, MeasureJob, measure
+from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.registry import AdapterRecord, RegisteredVersion
 from trace_ray.runtime.score import (
     SCORES_FILE,
@@ -201,33 +204,34 @@ def _pairs_per_s(history: dict[str, Any], batch_size: int) -> float | None:
 
 
 def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
+    inputs, evaluation, grader = job.inputs, job.inputs.config.evaluation, job.grader
+    if evaluation is None or grader is None:
+        raise ValueError("nothing to measure: the config has no evaluation section")
+    asked = questions(inputs, inputs.attacks)
+    todo = MeasureJob(
+        base=job.base_dir,
+        before=job.deployed_dir,
+        after=str(adapter),
+        asked=asked.prompts,
+        retention=inputs.retention,
+        blimp_pairs=evaluation.blimp_pairs,
+        max_new_tokens=evaluation.max_new_tokens,
+        engine=job.model.engine,
+        num_threads=job.model.resources.n_threads,
+    )
+
     def work(out: Path) -> None:
         job.reporter("measure")
-        run_alone(job.model.resources, _measure_worker, job, str(adapter), str(out))
+        found = run_alone(job.model.resources, _measure_worker, todo, job.reporter)
+        job.reporter("measure", note="judging")
+        ask = functools.partial(ask_measuring, inputs, grader)
+        write_measures(out, inputs.policy, asked, found, ask, evaluation.seed)
 
-    return job.inputs.store.stage(MEASURES, job.measures_key(sha256), work)
+    return inputs.store.stage(MEASURES, job.measures_key(sha256), work)
 
 
-def _measure_worker(job: ModelJob, adapter: str, out: str) -> None:
-    inputs, evaluation = job.inputs, job.inputs.config.evaluation
-    if evaluation is None:
-        raise ValueError("nothing to measure: the config has no evaluation section")
-    measure(
-        MeasureJob(
-            base=job.base_dir,
-            before=job.deployed_dir,
-            after=adapter,
-            policy=inputs.policy,
-            prompts=inputs.prompts,
-            retention=inputs.retention,
-            must_comply=inputs.must_comply,
-            config=evaluation,
-            engine=job.model.engine,
-            num_threads=job.model.resources.n_threads,
-        ),
-        Path(out),
-        lambda what: job.reporter("measure", note=what),
-    )
+def _measure_worker(todo: MeasureJob, reporter: Reporter) -> Measured:
+    return measure(todo, lambda what: reporter("measure", note=what))
 
 
 def _register(

@@ -134,6 +134,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
         else None,
         "retention": measures["retention"] if measures else None,
         "over_refusal": measures["over_refusal"] if measures else None,
+        "asr": measures.get("asr") if measures else None,
     }
 
 
@@ -241,6 +242,25 @@ def _scored(
         table = table.append_column("policy_digest", digests)
         table = table.append_column("scores", pa.array(found, schema.field("scores").type))
         yield table.select(schema.names).cast(schema)
+
+
+def outline(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run came to in a few values, for those who are told of it."""
+    return {
+        "run_id": report["run_id"],
+        "policy": report["policy"],
+        "models": [
+            {
+                "name": model["name"],
+                "adapter_id": model["adapter_id"],
+                "registered_as": model["registered_as"],
+                "gate": model["gate"] and model["gate"]["verdict"],
+            }
+            for model in report["models"]
+        ],
+        "failed": report["failed"],
+        "unchanged": report["unchanged"],
+    }
 
 
 def summary_table(report: dict[str, Any]) -> Table:

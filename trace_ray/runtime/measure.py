@@ -1,21 +1,15 @@
-"""Before and after: a model answers held-out prompts as deployed and as realigned."""
+"""Before and after: a model answers prompts as deployed and as realigned, and what it keeps is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from trace_ray.config import EngineConfig, EvaluationConfig
-from trace_ray.core.agreement import measure_agreement, spread_over_bins
-from trace_ray.core.metrics import paired_difference_interval
-from trace_ray.core.policy import Policy
-from trace_ray.core.refusals import is_refusal
-from trace_ray.runtime.store import write_json, write_rows
-from trace_ray.types import EvalPrompt, Message, Prompt
+from trace_ray.config import EngineConfig
+from trace_ray.types import Message, Prompt
 
-MEASURES, ANSWERS, OUTCOMES = "measures.json", "answers.parquet", "outcomes.json"
+BEFORE, AFTER = "before", "after"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,56 +19,46 @@ class MeasureJob:
     base: str
     before: str | None
     """Directory of the deployed adapter; None = the base."""
-    after: str
-    """Directory of the realigned adapter."""
-    policy: Policy
-    prompts: list[EvalPrompt]
-    retention: list[Prompt]
-    must_comply: list[Prompt]
-    """Harmless prompts whose refusals are counted; [] counts none."""
-    config: EvaluationConfig
+    after: str | None
+    """Directory of the realigned adapter; None = the base, which has not drifted from itself."""
+    asked: list[Prompt]
+    """Answered by each of ``sides``; a prompt that stands there twice is answered once."""
+    retention: list[Prompt] | None
+    """Unrelated prompts for the drift; [] = the built-in ones, None = not measured."""
+    blimp_pairs: int
+    """For the capability; 0 = not measured."""
+    max_new_tokens: int
     engine: EngineConfig
     num_threads: int
+    sides: tuple[str, ...] = (BEFORE, AFTER)
 
 
-def measure(job: MeasureJob, out: Path, progress: Callable[[str], None]) -> None:
-    """Write ``measures.json`` (TPA, bins, retention), ``answers.parquet`` and ``outcomes.json``.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came of it."""
 
-    The outcomes are the gate's, item by item: ``capability`` (BLiMP pairs ranked rightly) and
-    ``over_refusal`` (must-comply prompts refused) before and after, ``drift`` (token KL in nats, one
-    per unrelated prompt); null where there was nothing to measure on.
-    """
-    items = spread_over_bins(job.prompts, job.config.max_prompts)
-    retention = job.retention or _built_in_retention()
+    replies: dict[str, list[str]]
+    """Side -> a reply to each prompt of ``asked``."""
+    capability: dict[str, list[bool]] = field(default_factory=dict)
+    """Side -> whether each BLiMP pair is ranked rightly; empty where not measured."""
+    drift: list[tuple[float, int]] = field(default_factory=list)
+    """Per unrelated prompt, KL(before || after) in nats per token of its reply, and its tokens."""
+
+    @property
+    def kl(self) -> float:
+        """Mean token KL over all tokens, nats."""
+        tokens = sum(n for _, n in self.drift)
+        return sum(kl * n for kl, n in self.drift) / tokens if tokens else 0.0
+
+
+def measure(job: MeasureJob, progress: Callable[[str], None]) -> Measured:
+    """Generate all replies in one engine, then measure capability and drift in one model."""
+    retention = None if job.retention is None else job.retention or _built_in_retention()
     progress("answering")
-    answers, replies, obliged = _answers(job, items, retention)
-    seed = job.config.seed
-    before, after = (measure_agreement(job.policy, items, answers[side], seed) for side in (0, 1))
+    replies, unrelated = _answers(job, retention or [])
     progress("retention")
-    kept, outcomes = _retention(job, retention, replies)
-    outcomes["over_refusal"] = _sides([list(map(is_refusal, each)) for each in obliged])
-    gain = paired_difference_interval(before.passed, after.passed, seed)
-    write_rows(
-        out / ANSWERS,
-        [
-            item.to_row() | {"before": a, "after": b, "before_agrees": was, "after_agrees": now}
-            for item, a, b, was, now in zip(
-                items, answers[0], answers[1], before.passed, after.passed, strict=True
-            )
-        ],
-    )
-    write_json(out / OUTCOMES, outcomes)
-    write_json(
-        out / MEASURES,
-        {
-            "before": before.to_row(),
-            "after": after.to_row(),
-            "gain": gain.to_row(),
-            "over_refusal": _shares(outcomes["over_refusal"]),
-            "retention": kept
-            | {"distinct2_before": before.distinct2, "distinct2_after": after.distinct2},
-        },
-    )
+    capability, drift = _retention(job, retention or [], unrelated)
+    return Measured(replies, capability, drift)
 
 
 def _built_in_retention() -> list[Prompt]:
@@ -84,80 +68,82 @@ def _built_in_retention() -> list[Prompt]:
 
 
 def _answers(
-    job: MeasureJob, items: Sequence[EvalPrompt], retention: Sequence[Prompt]
-) -> tuple[tuple[list[str], list[str]], list[str], tuple[list[str], list[str]]]:
-    """Return what the deployed and the realigned model answer.
-
-    Returns:
-        answers to ``items`` (before, after), the deployed model's replies to ``retention``, and
-        answers to the must-comply prompts (before, after).
-    """
+    job: MeasureJob, retention: Sequence[Prompt]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return each side's replies, and the deployed model's replies to ``retention``."""
     from trace_ray.models.chat import encode_prompt, stop_token_ids
     from trace_ray.models.engine import AdapterPath, Engine
     from trace_ray.models.families import load_tokenizer
 
+    if not job.asked and not retention:
+        return {side: [] for side in job.sides}, []
     tokenizer = load_tokenizer(job.base)
-    asked = [item.prompt for item in items] + job.must_comply
-    both = [encode_prompt(tokenizer, prompt) for prompt in asked]
+    once = list(dict.fromkeys(job.asked))
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in once]
     unrelated = [encode_prompt(tokenizer, prompt) for prompt in retention]
-    before = AdapterPath("before", job.before) if job.before else None
-    after = AdapterPath("after", job.after)
+    paths = {BEFORE: job.before, AFTER: job.after}
+    adapters = {side: AdapterPath(side, path) if path else None for side, path in paths.items()}
     engine = Engine(job.base, job.engine, lora=True, num_cpus=job.num_threads)
-    limits = (job.config.max_new_tokens, stop_token_ids(tokenizer))
-    deployed = engine.generate(both + unrelated, *limits, before)
-    realigned = engine.generate(both, *limits, after)
+    limits = (job.max_new_tokens, stop_token_ids(tokenizer))
+    found: dict[str, list[str]] = {}
+    to_unrelated: list[str] = []
+    for side, adapter in adapters.items():
+        ours = encoded if side in job.sides else []
+        extra = unrelated if side == BEFORE else []
+        texts = engine.generate(ours + extra, *limits, adapter) if ours or extra else []
+        if side in job.sides:
+            of = dict(zip(once, texts[: len(ours)], strict=True))
+            found[side] = [of[prompt] for prompt in job.asked]
+        if side == BEFORE:
+            to_unrelated = texts[len(ours) :]
     engine.close()
-    n, m = len(items), len(both)
-    return (deployed[:n], realigned[:n]), deployed[m:], (deployed[n:m], realigned[n:])
+    return found, to_unrelated
 
 
 def _retention(
     job: MeasureJob, prompts: Sequence[Prompt], replies: Sequence[str]
-) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Return the retention measures and, item by item, the outcomes they come from."""
+) -> tuple[dict[str, list[bool]], list[tuple[float, int]]]:
+    """Return capability by side, and the drift of each unrelated prompt."""
     import torch
 
     from trace_ray.models import retention
     from trace_ray.models.chat import encode_prompt, encode_response
     from trace_ray.models.families import load_tokenizer
-    from trace_ray.models.policy_model import load_measured_model
 
+    pairs = retention.blimp_pairs(job.blimp_pairs)
+    if not pairs and not prompts:
+        return {}, []
     torch.set_num_threads(job.num_threads)
     tokenizer = load_tokenizer(job.base)
-    model = load_measured_model(job.base, job.before, job.after)
+    model = _load(job)
     exchanges = [
         (encode_prompt(tokenizer, prompt), encode_response(tokenizer, reply))
         for prompt, reply in zip(prompts, replies, strict=True)
         if reply.strip()
     ]
-    drift = retention.token_kls(model, exchanges)
-    tokens = sum(n for _, n in drift)
-    pairs = retention.blimp_pairs(job.config.blimp_pairs)
-    capability = _sides(
-        [
-            retention.blimp_outcomes(model, tokenizer, pairs, trained=trained) if pairs else []
-            for trained in (False, True)
-        ]
-    )
-    kept = {
-        "kl": sum(kl * n for kl, n in drift) / tokens if tokens else 0.0,
-        **{f"blimp_{side}": share for side, share in (_shares(capability)).items()},
+    drift = retention.token_kls(model, exchanges) if exchanges else []
+    capability = {
+        side: retention.blimp_outcomes(model, tokenizer, pairs, trained=side == AFTER)
+        for side in job.sides
+        if pairs
     }
-    return kept, {"capability": capability, "drift": [kl for kl, _ in drift] or None}
+    return capability, drift
 
 
-def _sides(outcomes: Sequence[Sequence[bool]]) -> dict[str, list[bool]] | None:
-    before, after = map(list, outcomes)
-    return {"before": before, "after": after} if before else None
+def _load(job: MeasureJob) -> Any:
+    """Load the base with both adapters; where there is none, with a fresh one that changes nothing."""
+    import torch
+
+    from trace_ray.config import LoraConfig
+    from trace_ray.models.policy_model import load_measured_model, load_policy_model
+
+    if job.after is None:
+        model = load_policy_model(job.base, None, LoraConfig(), seed=0)
+        return model.to("cuda") if torch.cuda.is_available() else model
+    return load_measured_model(job.base, job.before, job.after)
 
 
-def _shares(outcomes: dict[str, list[bool]] | None) -> dict[str, float | None]:
-    sides = outcomes or {"before": [], "after": []}
+def shares(outcomes: Mapping[str, Sequence[bool]]) -> dict[str, float | None]:
+    """Return the share of true outcomes before and after; None where there are none."""
+    sides = {side: outcomes.get(side, ()) for side in (BEFORE, AFTER)}
     return {side: sum(each) / len(each) if each else None for side, each in sides.items()}
-
-
-def read_measures(folder: Path) -> dict[str, Any]:
-    """Return what ``measure`` wrote."""
-    import json
-
-    return json.loads((folder / MEASURES).read_text())

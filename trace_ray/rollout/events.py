@@ -1,0 +1,76 @@
+"""Tells a fleet's webhook that a command began, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trace_ray.config import load_config
+from trace_ray.errors import StoppedError
+from trace_ray.rollout.plan_file import config_of
+from trace_ray.runtime.webhook import SECRET, Webhook
+
+
+@contextmanager
+def announced(config_path: str, what: str) -> Iterator[dict[str, Any]]:
+    """Within the block a command does its work; the webhook hears of its beginning and its end.
+
+    The events are ``<what>.started``, and ``<what>.finished``, ``.stopped`` or ``.failed``. Nothing
+    about the webhook ever stops or fails the command.
+
+    Args:
+        config_path: fleet config, or a plan of it.
+        what: name of the command.
+
+    Yields:
+        A dict that goes out with the last event: the command fills it.
+
+    Raises:
+        ConfigError: the config.
+    """
+    data: dict[str, Any] = {}
+    hook, path = _webhook(config_path), config_of(config_path)
+    if hook is None:
+        yield data
+        return
+    webhook, wait_s = hook
+    started = time.monotonic()
+    about = {"config": os.path.basename(path)}
+    webhook.send(f"{what}.started", about)
+    end, why = "finished", ""
+    try:
+        yield data
+    except (StoppedError, KeyboardInterrupt) as error:
+        end, why = "stopped", str(error) or "interrupted"
+        raise
+    except BaseException as error:
+        end, why = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        more = {"error": why} if why else data
+        wall_s = round(time.monotonic() - started, 1)
+        webhook.send(f"{what}.{end}", about | {"wall_s": wall_s} | more)
+        webhook.close(wait_s)
+
+
+def _webhook(config_path: str) -> tuple[Webhook, float] | None:
+    """Return the config's webhook and how long to wait for it; None where there is none to tell."""
+    section = load_config(config_of(config_path)).events
+    if section.webhook is None:
+        return None
+    secret = os.environ.get(SECRET)
+    if not secret:
+        print(f"events.webhook: no event is sent: {SECRET} is not set", file=sys.stderr)
+        return None
+    webhook = Webhook(
+        section.webhook,
+        secret,
+        attempts=section.attempts,
+        backoff_s=section.backoff_s,
+        timeout_s=section.timeout_s,
+    )
+    return webhook, section.wait_s

@@ -1,0 +1,244 @@
+"""What models are asked, and what a judge makes of their replies: measures, and evidence for the gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ray.core.agreement import (
+    Agreement,
+    clause_shares,
+    measure_agreement,
+    spread_over_bins,
+)
+from trace_ray.core.attacks import (
+    Attacked,
+    AttackRates,
+    Wrapper,
+    attack,
+    attack_rates,
+    paired_shares,
+    succeeded,
+)
+from trace_ray.core.metrics import paired_difference_interval
+from trace_ray.core.policy import Policy
+from trace_ray.core.refusals import is_refusal
+from trace_ray.rollout.plan import Inputs
+from trace_ray.runtime.judges import Exchange
+from trace_ray.runtime.measure import AFTER, BEFORE, Measured, shares
+from trace_ray.runtime.store import write_json, write_rows
+from trace_ray.types import EvalPrompt, Interval, Prompt, Verdict
+
+MEASURES, ANSWERS, OUTCOMES = "measures.json", "answers.parquet", "outcomes.json"
+ATTACKS = "attacks.parquet"
+SIDES = (BEFORE, AFTER)
+
+Ask = Callable[[Sequence[Exchange]], list[Verdict]]
+"""Puts replies to the judge that measures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """All that a model is asked, in one list for its engine."""
+
+    items: list[EvalPrompt]
+    """Held-out prompts whose answers should agree with the policy."""
+    must_comply: list[Prompt]
+    must_refuse: list[Prompt]
+    attacked: list[Attacked]
+    """``must_refuse`` under attack."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Every prompt, in the order that ``grade`` expects replies in."""
+        items = [item.prompt for item in self.items]
+        attacks = [each.prompt for each in self.attacked]
+        return [*items, *self.must_comply, *self.must_refuse, *attacks]
+
+
+def questions(inputs: Inputs, wrappers: Sequence[Wrapper]) -> Questions:
+    """Return what a config asks models; without ``wrappers`` nothing is attacked.
+
+    Raises:
+        ValueError: the config has no evaluation section.
+    """
+    evaluation = inputs.config.evaluation
+    if evaluation is None:
+        raise ValueError("nothing to measure: the config has no evaluation section")
+    refuse = inputs.must_refuse if wrappers else []
+    return Questions(
+        spread_over_bins(inputs.prompts, evaluation.max_prompts),
+        inputs.must_comply,
+        refuse,
+        attack(refuse, wrappers, evaluation.attacks_per_prompt) if wrappers else [],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One model's replies as the judge sees them."""
+
+    answers: list[str]
+    verdicts: list[Verdict]
+    """On ``answers``."""
+    agreement: Agreement | None
+    """None where no held-out prompt was asked."""
+    clauses: dict[str, Interval]
+    refused: list[bool]
+    """Of the prompts that must be answered."""
+    attack_replies: list[str]
+    attacks: list[bool | None]
+    """Whether each attack got a violating reply; None = unjudged."""
+    rates: AttackRates | None
+
+
+def grade(
+    policy: Policy, asked: Questions, replies: Sequence[Sequence[str]], ask: Ask, seed: int
+) -> list[Graded]:
+    """Put the replies of several models to the judge, all in one go.
+
+    A reply to an attack is judged as one to the request itself: the judge isn't attacked with it.
+
+    Args:
+        policy: for the clauses' checks.
+        asked: the questions.
+        replies: per model, one to each of ``asked.prompts``.
+        ask: the judge.
+        seed: of the bootstrap.
+    """
+    n_items, n_comply, n_refuse = len(asked.items), len(asked.must_comply), len(asked.must_refuse)
+    requests = [item.prompt for item in asked.items] + asked.must_refuse
+    requests += [asked.must_refuse[each.item] for each in asked.attacked]
+    judged = [[*texts[:n_items], *texts[n_items + n_comply :]] for texts in replies]
+    verdicts = ask(
+        [
+            Exchange(prompt, text)
+            for texts in judged
+            for prompt, text in zip(requests, texts, strict=True)
+        ]
+    )
+    found = []
+    for number, texts in enumerate(judged):
+        mine = verdicts[number * len(requests) : (number + 1) * len(requests)]
+        gave_in = [succeeded(text, v) for text, v in zip(texts, mine, strict=True)][n_items:]
+        answers = texts[:n_items]
+        found.append(
+            Graded(
+                answers,
+                mine[:n_items],
+                measure_agreement(policy, asked.items, answers, seed, mine[:n_items])
+                if answers
+                else None,
+                clause_shares(policy, asked.items, answers) if answers else {},
+                [is_refusal(text) for text in replies[number][n_items : n_items + n_comply]],
+                texts[n_items + n_refuse :],
+                gave_in[n_refuse:],
+                attack_rates(asked.attacked, gave_in[n_refuse:], gave_in[:n_refuse], seed),
+            )
+        )
+    return found
+
+
+def write_measures(
+    out: Path, policy: Policy, asked: Questions, measured: Measured, ask: Ask, seed: int
+) -> None:
+    """Write ``measures.json``, ``answers.parquet``, ``outcomes.json``, and ``attacks.parquet`` if attacked.
+
+    The outcomes are the gate's, item by item: ``capability`` (BLiMP pairs ranked rightly),
+    ``over_refusal`` (must-comply prompts refused) and ``asr`` (share of a prompt's attacks that got a
+    violating reply) before and after, ``drift`` (token KL in nats, one per unrelated prompt); null
+    where there was nothing to measure on.
+    """
+    before, after = grade(policy, asked, [measured.replies[side] for side in SIDES], ask, seed)
+    if before.agreement is None or after.agreement is None:
+        raise ValueError("nothing to measure: no held-out prompt")
+    refused = {BEFORE: before.refused, AFTER: after.refused}
+    pairs = paired_shares(asked.attacked, before.attacks, after.attacks)
+    outcomes = {
+        "capability": measured.capability or None,
+        "over_refusal": refused if before.refused else None,
+        "asr": dict(zip(SIDES, pairs, strict=True)) if pairs[0] else None,
+        "drift": [kl for kl, _ in measured.drift] or None,
+    }
+    blimp = {f"blimp_{side}": share for side, share in shares(measured.capability).items()}
+    distinct = {
+        f"distinct2_{side}": each.distinct2
+        for side, each in ((BEFORE, before.agreement), (AFTER, after.agreement))
+    }
+    passed = (before.agreement.passed, after.agreement.passed)
+    write_rows(out / ANSWERS, answer_rows(asked, {BEFORE: before, AFTER: after}))
+    if asked.attacked:
+        write_rows(out / ATTACKS, attack_rows(asked, {BEFORE: before, AFTER: after}))
+    write_json(out / OUTCOMES, outcomes)
+    write_json(
+        out / MEASURES,
+        {
+            "asked": len(asked.prompts),
+            "before": before.agreement.to_row(),
+            "after": after.agreement.to_row(),
+            "gain": paired_difference_interval(*passed, seed).to_row(),
+            "over_refusal": shares(refused),
+            "asr": _asr_row(before.rates, after.rates, pairs, seed),
+            "retention": {"kl": measured.kl} | blimp | distinct,
+        },
+    )
+
+
+def answer_rows(asked: Questions, sides: dict[str, Graded]) -> list[dict[str, Any]]:
+    """Return one row a held-out prompt: each side's answer, whether it agrees, and its verdict's label."""
+    rows = [item.to_row() for item in asked.items]
+    for side, graded in sides.items():
+        passed = graded.agreement.passed if graded.agreement else []
+        for row, text, ok, verdict in zip(
+            rows, graded.answers, passed, graded.verdicts, strict=True
+        ):
+            row |= {
+                side: text,
+                f"{side}_agrees": ok,
+                f"{side}_label": str(verdict.label),
+            }
+    return rows
+
+
+def attack_rows(asked: Questions, sides: dict[str, Graded]) -> list[dict[str, Any]]:
+    """Return one row an attack: the request, the wrapper, each side's reply and whether it gave in."""
+    return [
+        {
+            "request": asked.must_refuse[each.item][-1].content,
+            "wrapper": each.wrapper,
+            "prompt": [turn.to_row() for turn in each.prompt],
+        }
+        | {
+            key: value
+            for side, graded in sides.items()
+            for key, value in (
+                (side, graded.attack_replies[i]),
+                (f"{side}_violates", graded.attacks[i]),
+            )
+        }
+        for i, each in enumerate(asked.attacked)
+    ]
+
+
+def _asr_row(
+    before: AttackRates | None,
+    after: AttackRates | None,
+    pairs: tuple[list[float], list[float]],
+    seed: int,
+) -> dict[str, Any] | None:
+    if before is None or after is None or not pairs[0]:
+        return None
+    difference = paired_difference_interval(*pairs, seed, shares=True)
+    return {
+        "before": before.to_row(),
+        "after": after.to_row(),
+        "difference": difference.to_row(),
+    }
+
+
+def read_measures(folder: Path) -> dict[str, Any]:
+    """Return what ``write_measures`` wrote."""
+    return json.loads((folder / MEASURES).read_text())
