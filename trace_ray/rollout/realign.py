@@ -299,6 +299,8 @@ def _final_metrics(result: dict[str, Any]) -> dict[str, float]:
     if measures:
         found["tpa_before"] = measures["before"]["tpa"]["value"]
         found["tpa_after"] = measures["after"]["tpa"]["value"]
+        if asr := measures["asr"]:
+            found |= {f"asr_{side}": asr[side]["asr"]["value"] for side in ("before", "after")}
         kept = measures["retention"]
         found |= {f"retention_{name}": v for name, v in kept.items() if v is not None}
     return found
