@@ -1,6 +1,7 @@
 """A fleet as users see it: held, cancelled, resumed, with one model broken, then mended."""
 
 import json
+import signal
 import subprocess
 import time
 
@@ -30,11 +31,15 @@ def state_of(folder):
 
 
 def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
-    """A judge that takes its time; a second apply; cancel."""
+    """A judge that takes its time; a second apply; cancel, as if a script had started it with ``&``."""
     slow = yaml.safe_load((folder / "fleet.yaml").read_text()) | {"judge": SLOW}
     (folder / "slow.yaml").write_text(yaml.safe_dump(slow))
     first = subprocess.Popen(
-        command("apply", folder / "slow.yaml"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        command("apply", folder / "slow.yaml"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     limit = time.monotonic() + 120
     while (record := state_of(folder).read()) is None or "triage" not in record.rows[

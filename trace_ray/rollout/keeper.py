@@ -80,7 +80,7 @@ def held(inputs: Inputs, config_path: str, names: list[str], *, force: bool) -> 
         journal = Journal(state, inputs.run_id, str(Path(config_path).absolute()), names, logs)
         keeper = Keeper(state, lock, journal)
         try:
-            with lock.beating():
+            with lock.beating(), _interruptible():
                 yield keeper
         except BaseException as error:
             if keeper.stopped:  # whatever the interrupt looked like where it arrived
@@ -93,3 +93,17 @@ def held(inputs: Inputs, config_path: str, names: list[str], *, force: bool) -> 
         keeper.end("done")
     finally:
         lock.release()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, also in a process that a shell's ``&`` told to ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    ignored = before is signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, before)
