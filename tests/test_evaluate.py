@@ -69,7 +69,8 @@ def test_a_bad_file_of_attacks_is_refused(tmp_path, fleet):
     assert "2 is more than the 1 attacks of" in refused(tmp_path, fleet)
 
 
-def test_what_is_attacked_and_what_counts(tmp_path, fleet):
+def test_what_is_attacked_and_what_counts(tmp_path, fleet, monkeypatch):
+    monkeypatch.delenv("TRACE_RAY_DATA", raising=False)  # no BLiMP, no capability
     inputs = read_inputs(save(tmp_path, fleet), data=False)
     assert inputs.attacks == []
     assert questions(inputs, []).must_refuse == []
