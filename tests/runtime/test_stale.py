@@ -78,7 +78,7 @@ def test_gc_shows_then_removes_and_the_newest_run_stays_whole(config, store):
 
 
 def test_gc_waits_for_no_run_and_removes_nothing_under_it(config, store):
-    lock = FleetLock(store.run_dir("r").parents[1] / "state" / "trace")
+    lock = FleetLock(store.run_dir("r").parents[1] / "state" / "another-fleet")
     lock.acquire()
     refused = gc(config, "--days", 7)
     assert refused.exit_code == 2

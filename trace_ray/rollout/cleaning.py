@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 from trace_ray.config import load_config
 from trace_ray.runtime.fleet_journal import FleetState
+from trace_ray.runtime.fleet_lock import FleetLock
 from trace_ray.runtime.stale import Stale, find_stale, remove
 from trace_ray.runtime.store import Store
 
@@ -20,20 +22,22 @@ def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
         What went, or would go in a dry run.
 
     Raises:
-        StateError: a run holds the fleet.
+        StateError: a run holds this fleet, or another one in the same storage.
     """
     config = load_config(config_path)
     store = Store(config.storage)
-    lock = FleetState.of(config).lock
-    lock.acquire()
-    try:
+    fleets = {FleetState.of(config).folder, *Path(store.root, "state").glob("*")}
+    with contextlib.ExitStack() as held:
+        for folder in sorted(fleets):  # every fleet that keeps its stages here
+            lock = FleetLock(folder)
+            lock.acquire()
+            held.callback(lock.release)
+            held.enter_context(lock.beating())
         stale = find_stale(store, days * DAY_S, _of_newest_run(Path(store.root)))
         if not dry_run:
             for each in stale:
                 remove(each)
         return stale
-    finally:
-        lock.release()
 
 
 def _of_newest_run(root: Path) -> set[Path]:
