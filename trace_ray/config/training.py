@@ -62,7 +62,9 @@ class TrainingConfig(Section):
     beta: float = Field(default=0.3, gt=0)
     alpha_kl: float = Field(default=0.1, ge=0)
     rpo_alpha: float = Field(default=0.0, ge=0)
-    """Weight of the NLL of inverted pairs' newly preferred response; 0 = the paper's loss."""
+    """Weight of the NLL of a pair's preferred response; 0 = the paper's loss."""
+    retain_preference: float = Field(default=0.0, ge=0)
+    """Weight of the preference that retained pairs still state, beside the KL; 0 = the paper's loss."""
     learning_rate: float = Field(default=1e-4, gt=0)
     epochs: float = Field(default=1, gt=0)
     max_steps: int | None = Field(default=None, ge=1)

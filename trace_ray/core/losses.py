@@ -144,9 +144,9 @@ class HybridTerms:
     """The B pairs of one micro-batch, in any order; a value a category doesn't use is 0."""
 
     chosen_logratio: Tensor
-    """r(y_w), [B]; used by INVERT and PUNISH."""
+    """r(y_w), [B]; used by INVERT and PUNISH, and by RETAIN with ``retain_preference``."""
     rejected_logratio: Tensor
-    """r(y_l), [B]; used by INVERT and PUNISH."""
+    """r(y_l), [B]; used as r(y_w) is."""
     kl: Tensor
     """``retain_kl`` of y_w, [B]; used by RETAIN."""
     category: Tensor
@@ -154,9 +154,11 @@ class HybridTerms:
     weight: Tensor
     """Impact weight, [B]; used by INVERT and PUNISH."""
     chosen_length: Tensor | None = None
-    """Response tokens of y_w, [B]; needed by ``ipo`` only."""
+    """Response tokens of y_w, [B]; needed by ``ipo`` and ``rpo_alpha``."""
     rejected_length: Tensor | None = None
     """Response tokens of y_l, [B]; needed by ``ipo`` and ``rpo_alpha``."""
+    chosen_logps: Tensor | None = None
+    """log pi_theta(y_w|x), [B]; needed by ``rpo_alpha`` only."""
     rejected_logps: Tensor | None = None
     """log pi_theta(y_l|x), [B]; needed by ``rpo_alpha`` only."""
     smoothing: Tensor | None = None
@@ -206,26 +208,30 @@ def hybrid(
     alpha_kl: float,
     loss: Literal["dpo", "ipo"] = "dpo",
     rpo_alpha: float = 0.0,
+    retain_preference: float = 0.0,
 ) -> LossOutput:
     """Return the hybrid TRACE loss of one micro-batch.
 
-        L = (1 / n_conflict) [sum_INVERT w_i (l_pref(r(y_l) - r(y_w)) + rpo_alpha NLL_i)
-                              + sum_PUNISH w_j l_NPO,j]
-            + alpha_kl (1 / n_retain) sum_RETAIN KL_k
-        NLL_i = -log pi_theta(y_l|x) / |y_l|
+        L = (1 / n_conflict) [sum_INVERT w_i P_i(y_l, y_w) + sum_PUNISH w_j l_NPO,j]
+            + (1 / n_retain) sum_RETAIN [alpha_kl KL_k + retain_preference P_k(y_w, y_l)]
+        P(y, y') = l_pref(r(y) - r(y')) - rpo_alpha log pi_theta(y|x) / |y|
 
     Source: arXiv 2511.02623, Algorithm 1 (L_TRACE = L_I + L_II + alpha_KL L_KL), with each sum
     divided by its own global count. Summing the results over the micro-batches of a step gives
-    the step's loss, however it was split. The NLL term is that of RPO (arXiv 2404.19733, Eq. 3),
-    0 in the paper: a preference loss alone may lower both responses, the preferred one less.
+    the step's loss, however it was split. Two terms are not the paper's, and 0 there: the NLL of
+    RPO (arXiv 2404.19733, Eq. 3), as a preference loss alone may lower both responses, the
+    preferred one less; and the preference that a retained pair still states, as the KL alone lets
+    what is learnt from conflicts spread to prompts that have none.
 
     Args:
         terms: the micro-batch; every tensor [B].
         denominators: n_conflict and n_retain of one optimizer step.
         beta: of ``dpo``, ``ipo`` and ``npo``.
         alpha_kl: weight of the KL term, >= 0.
-        loss: the preference loss of INVERT rows.
-        rpo_alpha: weight of the NLL of the response that INVERT rows prefer now, >= 0.
+        loss: l_pref.
+        rpo_alpha: weight of the NLL of the preferred response, >= 0.
+        retain_preference: weight of the preference that RETAIN rows keep, >= 0; they need both
+            responses then.
 
     Returns:
         The loss is attached to the graph of its inputs even where a category has no row.
@@ -233,14 +239,16 @@ def hybrid(
     zero = terms.chosen_logratio.new_zeros(())
     is_invert, is_punish, is_retain = (terms.category == c for c in (INVERT, PUNISH, RETAIN))
     margin = terms.rejected_logratio - terms.chosen_logratio
-    preferred = terms.weight * _preference(terms, margin, beta, loss, rpo_alpha)
-    suppressed = terms.weight * _suppression(terms, beta)
+    preference = _preference(terms, is_retain, beta, loss, rpo_alpha)
+    preferred, suppressed = terms.weight * preference, terms.weight * _suppression(terms, beta)
     kl = torch.where(is_retain, terms.kl, zero).sum()
+    kept = torch.where(is_retain, preference, zero).sum() if retain_preference else zero
 
     n, is_conflict = denominators.conflict, is_invert | is_punish
     invert = _share(torch.where(is_invert, preferred, zero).sum(), n, is_conflict, "conflict")
     punish = _share(torch.where(is_punish, suppressed, zero).sum(), n, is_conflict, "conflict")
-    retain = alpha_kl * _share(kl, denominators.retain, is_retain, "retain")
+    held = alpha_kl * kl + retain_preference * kept
+    retain = _share(held, denominators.retain, is_retain, "retain")
     metrics = {
         "invert": invert,
         "punish": punish,
@@ -257,15 +265,19 @@ def hybrid(
 
 def _preference(
     terms: HybridTerms,
-    margin: Tensor,
+    is_retain: Tensor,
     beta: float,
     loss: Literal["dpo", "ipo"],
     rpo_alpha: float,
 ) -> Tensor:
-    """Return what an INVERT row costs before its weight: l_pref + rpo_alpha NLL, [B]."""
-    is_dpo = loss == "dpo"
-    found = dpo(margin, beta, terms.smoothing) if is_dpo else ipo(_margin_per_token(terms), beta)
-    return found + rpo_alpha * _preferred_nll(terms) if rpo_alpha else found
+    """Return P before its weight, [B]: RETAIN rows prefer y_w, the others y_l."""
+    sign = 1 - 2 * is_retain.to(terms.chosen_logratio.dtype)
+    if loss == "dpo":
+        margin = sign * (terms.rejected_logratio - terms.chosen_logratio)
+        found = dpo(margin, beta, terms.smoothing)
+    else:
+        found = ipo(sign * _margin_per_token(terms), beta)
+    return found + rpo_alpha * _preferred_nll(terms, is_retain) if rpo_alpha else found
 
 
 def _suppression(terms: HybridTerms, beta: float) -> Tensor:
@@ -276,11 +288,14 @@ def _suppression(terms: HybridTerms, beta: float) -> Tensor:
     return both - torch.where(terms.rejected_length == 0, math.log(2), both.new_zeros(()))
 
 
-def _preferred_nll(terms: HybridTerms) -> Tensor:
-    """Return -log pi_theta(y_l|x) / |y_l|, [B]."""
-    if terms.rejected_logps is None or terms.rejected_length is None:
-        raise ValueError("rpo_alpha needs rejected_logps and rejected_length in HybridTerms")
-    return -terms.rejected_logps / terms.rejected_length.clamp(min=1)
+def _preferred_nll(terms: HybridTerms, is_retain: Tensor) -> Tensor:
+    """Return -log pi_theta(y|x) / |y| of the preferred response y, [B]."""
+    values = (terms.chosen_logps, terms.rejected_logps, terms.chosen_length, terms.rejected_length)
+    if any(value is None for value in values):
+        raise ValueError("rpo_alpha needs the responses' logps and lengths in HybridTerms")
+    chosen_logps, rejected_logps, chosen_length, rejected_length = values
+    logps = torch.where(is_retain, chosen_logps, rejected_logps)
+    return -logps / torch.where(is_retain, chosen_length, rejected_length).clamp(min=1)
 
 
 def _margin_per_token(terms: HybridTerms) -> Tensor:

@@ -84,9 +84,13 @@ def encode_row(
     weight: float,
     max_length: int,
     smoothing: float = 0.0,
+    pair_retained: bool = False,
 ) -> EncodedRow:
-    """Encode a row; a RETAIN row, and one whose ``rejected`` is None, has its ``chosen`` side only."""
-    paired = category is not Category.RETAIN and row["rejected"] is not None
+    """Encode a row; one whose ``rejected`` is None has its ``chosen`` side only.
+
+    So has a RETAIN row, unless ``pair_retained``.
+    """
+    paired = row["rejected"] is not None and (pair_retained or category is not Category.RETAIN)
     responses = [row["chosen"], row["rejected"]] if paired else [row["chosen"]]
     prompt_ids, sides = encode_sides(tokenizer, prompt, responses, max_length)
     rejected_ids = sides[1][0] if paired else []
@@ -133,8 +137,9 @@ class HybridCollator:
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
         """Return the batch.
 
-        ``paired`` holds the rows whose ``rejected`` is in it, ``conflict`` [B] float32 is 1 on INVERT
-        and PUNISH rows, and ``retained`` is a batch of the other rows alone, where there are any.
+        ``paired`` holds the rows whose ``rejected`` is in it; ``scored`` [B] float32 is 1 on the rows
+        whose log-probabilities the loss reads: all but RETAIN rows without a ``rejected``; and
+        ``retained`` is a batch of the ``chosen`` of RETAIN rows alone, where there are any.
         """
         paired = [i for i, row in enumerate(rows) if row.rejected_ids]
         sequences = [(row.prompt_ids, row.chosen_ids) for row in rows]
@@ -148,10 +153,10 @@ class HybridCollator:
             "smoothing": torch.tensor([row.smoothing for row in rows], dtype=torch.float32),
             "paired": torch.tensor(paired, dtype=torch.int64),
         }
-        retained = [row.category is Category.RETAIN for row in rows]
-        batch["conflict"] = 1.0 - torch.tensor(retained, dtype=torch.float32)
-        if any(retained):
-            kept = [(r.prompt_ids, r.chosen_ids) for r in rows if r.category is Category.RETAIN]
+        scored = [row.category is not Category.RETAIN or bool(row.rejected_ids) for row in rows]
+        batch["scored"] = torch.tensor(scored, dtype=torch.float32)
+        kept = [(r.prompt_ids, r.chosen_ids) for r in rows if r.category is Category.RETAIN]
+        if kept:
             batch["retained"] = lay_out(kept)
         return batch
 

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of conflicts, computed once.
+"""The reference's log-probabilities of the rows that the loss reads them of, computed once.
 
 They don't change while a model trains: the first epoch's passes leave them here, and later epochs run the
 reference on retained rows alone, whose KL needs its whole distribution.
@@ -19,15 +19,13 @@ class ReferenceLogps:
 
     def find(self, batch: dict[str, Any]) -> torch.Tensor | None:
         """Return those of the batch's sequences [S] (0 for retained ones); None if one is missing."""
-        conflict = batch["conflict"]
-        ids = [
-            name for name, used in zip(batch["pair_ids"], conflict.tolist(), strict=True) if used
-        ]
+        scored = batch["scored"]
+        ids = [name for name, used in zip(batch["pair_ids"], scored.tolist(), strict=True) if used]
         if any(name not in self.known for name in ids):
             return None
         pairs = [self.known.get(name, (0.0, 0.0)) for name in batch["pair_ids"]]
-        values = torch.tensor(pairs, dtype=torch.float32, device=conflict.device)
-        return torch.cat([values[:, 0] * conflict, values[batch["paired"], 1]])
+        values = torch.tensor(pairs, dtype=torch.float32, device=scored.device)
+        return torch.cat([values[:, 0] * scored, values[batch["paired"], 1]])
 
     def keep(self, batch: dict[str, Any], logps: torch.Tensor) -> None:
         """Remember the batch's log-probabilities [S]."""
@@ -36,7 +34,7 @@ class ReferenceLogps:
         rejected[batch["paired"]] = logps[n_rows:].float()
         columns = zip(
             batch["pair_ids"],
-            batch["conflict"].tolist(),
+            batch["scored"].tolist(),
             logps[:n_rows].tolist(),
             rejected.tolist(),
             strict=True,

@@ -181,10 +181,10 @@ class RealignTrainer(Trainer):
     def _hybrid_loss(
         self, model: torch.nn.Module, batch: dict[str, Any], logits: torch.Tensor, at: torch.Tensor
     ) -> torch.Tensor:
-        n_rows, paired, conflict = len(batch["category"]), batch["paired"], batch["conflict"]
-        retained = (conflict == 0).nonzero().squeeze(1)
-        # A retained row needs no log-probability, only the KL.
-        mask = batch["mask"] * torch.cat([conflict, conflict[paired]])[:, None]
+        n_rows, paired, scored = len(batch["category"]), batch["paired"], batch["scored"]
+        retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
+        # A row of which only the KL is asked needs no log-probability.
+        mask = batch["mask"] * torch.cat([scored, scored[paired]])[:, None]
         ref_logps = self.reference_logps.find(batch)
         bare = self.accelerator.unwrap_model(model)
         with reference(bare):
@@ -209,6 +209,7 @@ class RealignTrainer(Trainer):
             weight=batch["weight"],
             chosen_length=lengths[:n_rows],
             rejected_length=losses.to_rows(lengths[n_rows:], paired, n_rows),
+            chosen_logps=logps[:n_rows],
             rejected_logps=losses.to_rows(logps[n_rows:], paired, n_rows),
             smoothing=batch["smoothing"] if self.config.label_smoothing else None,
         )
@@ -219,6 +220,7 @@ class RealignTrainer(Trainer):
             beta=self.config.beta,
             alpha_kl=self.config.alpha_kl,
             rpo_alpha=self.config.rpo_alpha,
+            retain_preference=self.config.retain_preference,
         )
         self._note(output.metrics)
         return output.loss

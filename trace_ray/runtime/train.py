@@ -185,6 +185,7 @@ def encode_rows(
     from trace_ray.models.collate import encode_row
 
     encoded = []
+    pair_retained = config.retain_preference > 0 and config.objective != "sft"
     for row in rows:
         category = Category.RETAIN if config.objective == "sft" else Category(row["category"])
         if category not in TRAINED_CATEGORIES:
@@ -200,6 +201,7 @@ def encode_rows(
                 weight=weight,
                 max_length=config.max_length,
                 smoothing=float(row.get("smoothing") or 0.0),
+                pair_retained=pair_retained,
             )
         )
     return encoded
