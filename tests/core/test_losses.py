@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -164,11 +165,45 @@ def test_hybrid_by_hand() -> None:
         hybrid(terms, Denominators(4, 2), beta=1.0, alpha_kl=0.1, rpo_alpha=0.5)
     likely = dataclasses.replace(
         terms,
+        chosen_logps=tensor(-50.0, -50.0, -12.0),
+        chosen_length=torch.tensor([5, 5, 4]),
         rejected_logps=tensor(-6.0, -100.0, 0.0),
         rejected_length=torch.tensor([3, 4, 0]),
     )
     more = hybrid(likely, Denominators(4, 2), beta=1.0, alpha_kl=0.1, rpo_alpha=0.5)
     assert (more.loss - out.loss).item() == pytest.approx(0.5, abs=1e-6)
+    # The RETAIN row's margin is 0, its y_w costs an NLL of 12 / 4: 0.2 (log 2 + 0.5 * 3) / 2 more.
+    sizes = {"beta": 1.0, "alpha_kl": 0.1, "rpo_alpha": 0.5, "retain_preference": 0.2}
+    kept = hybrid(likely, Denominators(4, 2), **sizes)
+    assert (kept.loss - more.loss).item() == pytest.approx(0.1 * (math.log(2) + 1.5))
+    torch.testing.assert_close(kept.metrics["invert"], more.metrics["invert"])
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+@pytest.mark.parametrize("rpo_alpha", [0.0, 0.5])
+def test_a_retained_pair_keeps_the_preference_that_its_mirror_inverts(
+    loss: Literal["dpo", "ipo"], rpo_alpha: float
+) -> None:
+    terms = dataclasses.replace(
+        random_terms([INVERT] * 4),
+        category=torch.full((4,), RETAIN),
+        chosen_logps=tensor(-1.0, -2.0, -3.0, -4.0),
+        rejected_logps=tensor(-8.0, -7.0, -6.0, -5.0),
+    )
+    mirrored = dataclasses.replace(
+        terms,
+        category=torch.full((4,), INVERT),
+        weight=torch.ones(4, dtype=F64),
+        **{
+            f"{side}_{name}": getattr(terms, f"{other}_{name}")
+            for side, other in (("chosen", "rejected"), ("rejected", "chosen"))
+            for name in ("logratio", "length", "logps")
+        },
+    )
+    sizes: Any = {"beta": 0.3, "alpha_kl": 0.1, "loss": loss, "rpo_alpha": rpo_alpha}
+    kept = hybrid(terms, Denominators(0, 4), retain_preference=0.7, **sizes)
+    inverted = hybrid(mirrored, Denominators(4, 0), **sizes)
+    torch.testing.assert_close(kept.loss, 0.7 * inverted.loss)
 
 
 @pytest.mark.parametrize("category", [INVERT, PUNISH, RETAIN])

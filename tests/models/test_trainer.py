@@ -114,6 +114,26 @@ def test_a_punished_pair_may_have_one_side(base, tmp_path):
     assert loss.item() == pytest.approx(float(torch.log(torch.tensor(2.0))), rel=1e-6)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_retained_pairs_keep_their_preference(base, deployed, tmp_path, pack):
+    trainer = make(base, deployed, tmp_path, pack=pack, retain_preference=0.5, alpha_kl=0)
+    assert all(row.rejected_ids for row in trainer.rows)
+    batch = HybridCollator(pack)(trainer.rows)
+    first = trainer.compute_loss(trainer.model, batch)
+    # Every margin is 0: log 2 for each inverted and retained row, twice that for a punished one.
+    log2 = float(torch.log(torch.tensor(2.0)))
+    assert trainer.terms["retain"] == pytest.approx(0.5 * log2, rel=1e-6)
+    assert first.item() == pytest.approx(log2 * (4 / 3 + 0.5), rel=1e-6)
+    known = trainer.reference_logps.known
+    assert len(known) == len(trainer.rows)
+    with torch.no_grad():
+        for parameter in trained_parameters(trainer.model).values():
+            parameter.add_(0.05)
+    again = trainer.compute_loss(trainer.model, batch)
+    known.clear()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), again)
+
+
 def test_the_reference_is_the_deployed_adapter(base, deployed, tmp_path):
     model = make(base, deployed, tmp_path).model
     ids = torch.tensor([[11, 12, 13]])

@@ -290,20 +290,24 @@ def _suppression(terms: HybridTerms, beta: float) -> Tensor:
 
 def _preferred_nll(terms: HybridTerms, is_retain: Tensor) -> Tensor:
     """Return -log pi_theta(y|x) / |y| of the preferred response y, [B]."""
-    values = (terms.chosen_logps, terms.rejected_logps, terms.chosen_length, terms.rejected_length)
-    if any(value is None for value in values):
-        raise ValueError("rpo_alpha needs the responses' logps and lengths in HybridTerms")
-    chosen_logps, rejected_logps, chosen_length, rejected_length = values
-    logps = torch.where(is_retain, chosen_logps, rejected_logps)
-    return -logps / torch.where(is_retain, chosen_length, rejected_length).clamp(min=1)
+    chosen, rejected = _needed(terms, "rpo_alpha", "chosen_logps", "rejected_logps")
+    logps = torch.where(is_retain, chosen, rejected)
+    of_chosen, of_rejected = _needed(terms, "rpo_alpha", "chosen_length", "rejected_length")
+    return -logps / torch.where(is_retain, of_chosen, of_rejected).clamp(min=1)
 
 
 def _margin_per_token(terms: HybridTerms) -> Tensor:
     """Return r(y_l)/|y_l| - r(y_w)/|y_w|, [B]."""
-    if terms.chosen_length is None or terms.rejected_length is None:
-        raise ValueError("loss 'ipo' needs chosen_length and rejected_length in HybridTerms")
-    chosen = terms.chosen_logratio / terms.chosen_length.clamp(min=1)
-    return terms.rejected_logratio / terms.rejected_length.clamp(min=1) - chosen
+    of_chosen, of_rejected = _needed(terms, "loss 'ipo'", "chosen_length", "rejected_length")
+    chosen = terms.chosen_logratio / of_chosen.clamp(min=1)
+    return terms.rejected_logratio / of_rejected.clamp(min=1) - chosen
+
+
+def _needed(terms: HybridTerms, user: str, *names: str) -> list[Tensor]:
+    found = [getattr(terms, name) for name in names]
+    if any(value is None for value in found):
+        raise ValueError(f"{user} needs {' and '.join(names)} in HybridTerms")
+    return found
 
 
 def _share(total: Tensor, count: float, present: Tensor, name: str) -> Tensor:

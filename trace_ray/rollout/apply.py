@@ -141,14 +141,14 @@ def _run(
             keep_policy(inputs.store.root, inputs.policy)
             jobs = [
                 ModelJob(
-                    inputs=inputs,
-                    model=model,
-                    source=sources[model.name],
-                    deployed=deployed[model.name],
-                    pairs_path=str(pairs.path),
-                    triage_path=str(triaged.folder) if triaged.folder else None,
-                    reporter=Reporter(board, model.name),
-                    grader=grader,
+                    inputs,
+                    model,
+                    sources[model.name],
+                    deployed[model.name],
+                    str(pairs.path),
+                    str(triaged.folder) if triaged.folder else None,
+                    Reporter(board, model.name),
+                    grader,
                 )
                 for model in models
                 if model.name in sources and model.name not in live

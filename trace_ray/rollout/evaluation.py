@@ -240,7 +240,7 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
     )
 
     def work(out: Path) -> None:
-        found = run_alone(job.model.resources, _worker, todo, job.reporter)
+        found = run_alone(job.model.resources, measure, todo, job.reporter)
         job.reporter("judging")
         ask = functools.partial(ask_measuring, inputs, job.grader)
         replies = [found.replies[AFTER]]
@@ -264,10 +264,6 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
         "folder": str(stage.path),
         **json.loads((stage.path / RESULT).read_text()),
     }
-
-
-def _worker(todo: MeasureJob, reporter: Reporter) -> Measured:
-    return measure(todo, reporter)
 
 
 def _measures(job: EvaluationJob, graded: Graded, found: Measured, seed: int) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trace_ray.rollout.estimate import GIB, Cost
-from trace_ray.rollout.planning import BLOCKED, CHANGES, FleetPlan, ModelPlan, TriagePlan
+from trace_ray.rollout.planning import BLOCKED, CHANGES, FleetPlan, ModelPlan
+from trace_ray.rollout.triage_plan import TriagePlan
 from trace_ray.types import Category
 
 if TYPE_CHECKING:

@@ -60,21 +60,7 @@ def judges_row(
 
     def work(out: Path) -> None:
         fleet("comparing the judges")
-        asked = [Exchange(prompt, text) for rows in replies.values() for prompt, text, _ in rows]
-        said = iter([v.label for v in ask(triaged_by, asked, verdict_store(inputs))])
-        by_model = {name: [next(said) for _ in rows] for name, rows in replies.items()}
-        theirs = {name: [label for _, _, label in rows] for name, rows in replies.items()}
-        every = [[label for each in of.values() for label in each] for of in (by_model, theirs)]
-        write_json(
-            out / RESULT,
-            {
-                "agreement": compare_judges(*every).to_row(),
-                "models": {
-                    name: compare_judges(labels, theirs[name]).to_row()
-                    for name, labels in by_model.items()
-                },
-            },
-        )
+        write_json(out / RESULT, _compared(inputs, triaged_by, replies))
 
     key = {
         "triage": [triaged_by.digest, triaged_by.threshold, triaged_by.band],
@@ -90,6 +76,19 @@ def judges_row(
         # The models are done: a judge that can't be asked once more is no reason to lose the run.
         return row | {"error": str(error)}
     return row | json.loads((stage.path / RESULT).read_text())
+
+
+def _compared(
+    inputs: Inputs, triaged_by: JudgeSpec, replies: Mapping[str, Sequence[tuple[Any, str, Label]]]
+) -> dict[str, Any]:
+    """Ask the triaging judge about every model's replies and compare its labels with theirs."""
+    asked = [Exchange(prompt, text) for rows in replies.values() for prompt, text, _ in rows]
+    said = iter([verdict.label for verdict in ask(triaged_by, asked, verdict_store(inputs))])
+    ours = {name: [next(said) for _ in rows] for name, rows in replies.items()}
+    theirs = {name: [label for _, _, label in rows] for name, rows in replies.items()}
+    every = [[label for labels in of.values() for label in labels] for of in (ours, theirs)]
+    models = {name: compare_judges(ours[name], theirs[name]).to_row() for name in replies}
+    return {"agreement": compare_judges(*every).to_row(), "models": models}
 
 
 def sample(rows: Sequence[Mapping[str, Any]], size: int) -> list[tuple[Any, str, Label]]:

@@ -14,33 +14,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import http.client
 import json
 import queue
 import sys
 import threading
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
 SECRET = "TRACE_RAY_WEBHOOK_SECRET"
 """Environment variable that holds the secret."""
-_AGAIN = {408, 425, 429}
-"""Statuses below 500 that may go away."""
+_AGAIN = {408, 425, 429, *range(500, 600)}
+"""Statuses that may go away."""
 
 
 def signature(body: bytes, secret: str) -> str:
     """Return the value of ``X-Trace-Ray-Signature``."""
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """A signed event goes where the config says, nowhere else."""
 
 
 class Webhook:
@@ -61,12 +57,19 @@ class Webhook:
             url: http(s) address; its path and query may be secret, so messages name its host alone.
             secret: that bodies are signed with.
             attempts: times an event is sent until it is taken (2xx).
-            backoff_s: pause before the second attempt, doubled for each further one.
+            backoff_s: grows from attempt to attempt: the pause is backoff_s * 2 ** attempts made,
+                none before the second; a receiver's ``Retry-After`` counts.
             timeout_s: of one attempt.
         """
         self.url, self.secret = url, secret
-        self.attempts, self.backoff_s, self.timeout_s = attempts, backoff_s, timeout_s
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        self.timeout_s = timeout_s
+        self._retry = Retry(
+            attempts - 1,
+            allowed_methods=["POST"],
+            status_forcelist=_AGAIN,
+            backoff_factor=backoff_s,
+            raise_on_status=False,
+        )
         self._waiting: queue.Queue[tuple[str, str, bytes] | None] = queue.Queue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
@@ -108,22 +111,18 @@ class Webhook:
             "X-Trace-Ray-Delivery": delivery,
             "X-Trace-Ray-Signature": signature(body, self.secret),
         }
-        why = ""
-        for attempt in range(self.attempts):
-            if attempt and self._closing.wait(self.backoff_s * 2 ** (attempt - 1)):
-                break
-            request = urllib.request.Request(self.url, body, headers, method="POST")
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=self._retry))
             try:
-                with self._open(request, timeout=self.timeout_s):
-                    return ""
-            except urllib.error.HTTPError as error:
-                why = f"status {error.code}"
-                error.close()
-                if error.code < 500 and error.code not in _AGAIN:
-                    return why
-            except (OSError, http.client.HTTPException) as error:
-                why = str(getattr(error, "reason", "") or error) or type(error).__name__
-        return f"{why}, after {self.attempts} attempts"
+                answer = session.post(
+                    self.url, body, headers=headers, timeout=self.timeout_s, allow_redirects=False
+                )
+            except requests.RequestException as error:
+                # Its own text would hold the address.
+                cause = error.args[0] if error.args else error
+                return str(getattr(cause, "reason", None) or type(error).__name__)
+        return "" if answer.ok and not answer.is_redirect else f"status {answer.status_code}"
 
     def _say(self, what: str) -> None:
         print(f"webhook {urlsplit(self.url).hostname}: {what}", file=sys.stderr)
