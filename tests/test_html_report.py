@@ -117,7 +117,7 @@ def page(tmp_path_factory):
             "agreement": {"kappa": ONE, "same": ONE, "n": 5, "left_out": 1},
         },
         "failed": {"three": EVIL[0]},
-        "unchanged": ["four"],
+        "unchanged": {"four": "no pair conflicts with the policy"},
         "wall_s": 12.0,
     }
     (at / "report.html").write_text(render(report, at, policy, at / "audit"))

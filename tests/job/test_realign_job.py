@@ -285,38 +285,6 @@ def test_the_judge_that_triaged_is_compared_with_the_one_that_measures(realigned
     assert "error" not in judges
 
 
-def test_evaluate_measures_a_candidate_without_training_and_only_once(realigned, tmp_path):
-    words = ["evaluate", realigned / "realign.yaml", "--only", "a", "--out", tmp_path / "r.json"]
-    words += ["--adapter", "models:/trace-a@challenger"]
-    words += [word for name in ("agreement", "asr", "drift") for word in ("--suite", name)]
-    command = [sys.executable, "-m", "trace_ray.cli", *map(str, words)]
-    before, report = stages(realigned), report_of(realigned)
-    for again in (False, True):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert f"1 measured, {int(again)} of them before" in done.stdout
-        assert "attack success (ASR)" in done.stdout
-    added = {Path(path).parent.parent.name for path in stages(realigned).keys() - before.keys()}
-    assert added == {"evaluations"}
-    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
-    (run,) = (each for each in report["models"] if each["name"] == "a")
-    # As the run's own measurement, but for rounding: the engine's batches are others.
-    assert model["adapter_sha256"] == run["adapter_sha256"]
-    assert model["agreement"]["tpa"]["n"] == run["tpa_after"]["n"]
-    assert model["asr"]["wrappers"].keys() == run["asr"]["after"]["wrappers"].keys()
-    assert model["drift"]["kl"] == pytest.approx(run["retention"]["kl"], rel=0.2)
-    assert model["drift"]["from"] == run["parent_adapter"]
-    assert (model["over_refusal"], model["capability"]) == (None, None)
-    refused = subprocess.run(
-        [*command[:4], str(realigned / "realign.yaml"), "--adapter", "x", "--suite", "speed"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 2
-    assert "--only" in refused.stderr
-
-
 def test_the_run_has_its_page_and_a_bundle_for_auditors(realigned, tmp_path):
     page = (realigned / "storage" / "latest" / "report.html").read_text()
     for model in report_of(realigned)["models"]:
@@ -462,6 +430,56 @@ def test_the_same_run_again_does_no_work_after_a_promotion(realigned, up):
     assert_no_work(realigned, before, report)
 
 
+def test_evaluate_measures_a_candidate_without_training_and_only_once(realigned, up, tmp_path):
+    words = ["evaluate", realigned / "realign.yaml", "--only", "a", "--out", tmp_path / "r.json"]
+    words += ["--adapter", "models:/trace-a@challenger"]
+    words += [word for name in ("agreement", "asr", "drift") for word in ("--suite", name)]
+    before, report = stages(realigned), report_of(realigned)
+    for again in (False, True):
+        done = here(*words)
+        assert done.returncode == 0, done.stderr
+        assert f"1 measured, {int(again)} of them before" in done.stdout
+        assert "attack success (ASR)" in done.stdout
+    added = {Path(path).parent.parent.name for path in stages(realigned).keys() - before.keys()}
+    assert added == {"evaluations"}
+    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
+    (run,) = (each for each in report["models"] if each["name"] == "a")
+    # As the run's own measurement, but for rounding: the engine's batches are others.
+    assert model["adapter_sha256"] == run["adapter_sha256"]
+    assert model["agreement"]["tpa"]["n"] == run["tpa_after"]["n"]
+    assert model["asr"]["wrappers"].keys() == run["asr"]["after"]["wrappers"].keys()
+    assert model["drift"]["kl"] == pytest.approx(run["retention"]["kl"], rel=0.2)
+    assert model["drift"]["from"] == run["parent_adapter"]
+    assert (model["over_refusal"], model["capability"]) == (None, None)
+    refused = here("evaluate", realigned / "realign.yaml", "--adapter", "x", "--suite", "speed")
+    assert refused.returncode == 2
+    assert "--only" in refused.stderr
+
+
+def test_a_model_that_complies_already_is_planned_and_kept_as_it_is(realigned, up):
+    config = yaml.safe_load((realigned / "realign.yaml").read_text())
+    clause = {"id": "no-t", "text": "Never say the.", "checks": {"must_not_match": r"\bthe\b"}}
+    policy = {"id": "acme", "version": "5", "clauses": [clause]}
+    (realigned / "policy-5.yaml").write_text(yaml.safe_dump(policy))
+    config |= {"policy": "policy-5.yaml", "judge": {"kind": "rules"}}
+    config["models"] = config["models"][:1]
+    config["evaluation"] = {"prompts": "heldout.jsonl", "max_new_tokens": 8, "complies_at": 0.4}
+    path = realigned / "complies.yaml"
+    path.write_text(yaml.safe_dump(config))
+    before = stages(realigned)
+    planned = here("plan", path)
+    assert planned.returncode == 0, planned.stderr
+    assert "complies already, on 100% [70, 100] of 9" in " ".join(planned.stdout.split())
+    done = here("apply", path)
+    assert done.returncode == 0, done.stderr
+    report = report_of(realigned)
+    assert report["triage"]["invert"] + report["triage"]["punish"] > 0
+    assert report["unchanged"].keys() == {"a"}
+    added = [Path(path).parent.parent.name for path in stages(realigned).keys() - before.keys()]
+    assert added.count("evaluations") == 1
+    assert "adapters" not in added
+
+
 def test_a_judge_below_its_bar_may_not_triage(realigned, up):
     config = yaml.safe_load((realigned / "realign.yaml").read_text())
     config["judge"]["min_auc"] = 1.0
@@ -529,8 +547,8 @@ def test_verdicts_outlive_the_triage_people_have_the_last_word_and_no_conflict_k
     path.write_text(yaml.safe_dump(config))
     done = here("apply", path)
     assert done.returncode == 0, done.stderr
-    assert "kept: no conflict" in done.stdout
-    assert report_of(realigned)["unchanged"] == ["a", "b"]
+    assert "kept: no pair conflicts with the policy" in " ".join(done.stdout.split())
+    assert list(report_of(realigned)["unchanged"]) == ["a", "b"]
     counts = report_of(realigned)["triage"]
     assert (counts["review"], counts["unjudged"], counts["cache_hits"]) == (1, 1, 0)
     assert counts["judge_calls"] > 0

@@ -40,6 +40,9 @@ class EvaluationConfig(Section):
     judge: JudgeConfig | None = None
     """Who says whether answers comply, for the measures and the gate; null = the clauses' checks. Its
     ``labels`` and ``min_auc`` hold as for the judge that triages, which it should not be."""
+    complies_at: float | None = Field(default=None, gt=0, le=1)
+    """A model that agrees with the policy on at least this share of ``prompts`` already, at the lower
+    end of its 95% interval, is kept as it is; null = every model is realigned."""
     judge_agreement: int = Field(default=64, ge=0)
     """Held-out replies a model on which this judge is compared with the one that triaged; 0 = none."""
     seed: int = 0

@@ -16,6 +16,7 @@ from typing import Any
 from trace_ray.config import ModelConfig
 from trace_ray.errors import TraceRayError
 from trace_ray.rollout import report as reports
+from trace_ray.rollout.complying import complying
 from trace_ray.rollout.html_report import write_html
 from trace_ray.rollout.judging import evaluation_judge
 from trace_ray.rollout.keeper import Keeper, held
@@ -49,8 +50,8 @@ class Outcome:
     results: dict[str, dict[str, Any]]
     judges: dict[str, Any] | None
     """Who triaged, who measured, and how far they agree."""
-    idle: bool
-    """No pair conflicts with the policy: every model is kept as it is."""
+    kept: dict[str, str]
+    """Models that stay as they are, and why."""
 
 
 def apply(
@@ -88,9 +89,9 @@ def apply(
             found.triaged.card,
             found.ingested,
             found.results,
+            found.kept,
             started,
         )
-        report["unchanged"] = [n for n in report["unchanged"] if found.idle]
         report["corrections"] = found.triaged.corrections
         report["judges"] = found.judges
         left = found.triaged.rows.of(Category.UNJUDGED) if found.triaged.rows else ()
@@ -153,17 +154,23 @@ def _run(
                 for model in models
                 if model.name in sources and model.name not in live
             ]
+            stay = _needless(jobs, triaged)
+            for name in stay:
+                keeper.settle(name, "kept")
             fleet("realigning")
-            idle = triaged.trained is not None and not triaged.trained.n_conflicts()
-            if idle:
-                for job in jobs:
-                    keeper.settle(job.model.name, "kept")
-            else:
-                run_models(jobs, keeper, inputs.config.parallel, results)
+            jobs = [job for job in jobs if job.model.name not in stay]
+            run_models(jobs, keeper, inputs.config.parallel, results)
             judges = judges_row(inputs, triaged.judge, grader, results, fleet)
             fleet("done", note=f"run {inputs.run_id}")
     in_order = {m.name: results[m.name] for m in inputs.config.models if m.name in results}
-    return Outcome(triaged, ingested, in_order, judges, idle)
+    return Outcome(triaged, ingested, in_order, judges, stay)
+
+
+def _needless(jobs: list[ModelJob], triaged: Triaged) -> dict[str, str]:
+    """Return the models that need no realignment, and why."""
+    if triaged.trained is not None and not triaged.trained.n_conflicts():
+        return {job.model.name: "no pair conflicts with the policy" for job in jobs}
+    return complying(jobs)
 
 
 def all_failed(failed: dict[str, str], config: str) -> TraceRayError:

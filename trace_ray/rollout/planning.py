@@ -16,6 +16,7 @@ from trace_ray.core.objectives import CORRECTED, WEIGHTED
 from trace_ray.core.policy_diff import policy_diff
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout import estimate
+from trace_ray.rollout.complying import complying
 from trace_ray.rollout.estimate import GIB, Cost, Memory
 from trace_ray.rollout.grading import questions
 from trace_ray.rollout.judging import evaluation_judge
@@ -109,37 +110,53 @@ def make_plan(config_path: str, sample: int) -> FleetPlan:
             rows, planned, folder = triage_plan(inputs, pairs, sample, fleet)
             grader = evaluation_judge(inputs, fleet)
             node = max((n["Resources"].get("memory", 0) for n in ray.nodes()), default=0)
-            models = []
-            for model in inputs.config.models:
-                if model.name in failed:
-                    models.append(ModelPlan(model.name, BLOCKED, failed[model.name], ""))
-                    continue
-                job = ModelJob(
+            jobs = [
+                ModelJob(
                     inputs,
                     model,
                     sources[model.name],
                     deployed[model.name],
                     str(pairs.path),
                     str(folder) if folder else None,
-                    Reporter(None, model.name),
+                    Reporter(board, model.name),
                     grader,
                 )
-                fleet("estimating", note=model.name)
-                models.append(_model_plan(job, rows, planned, node))
+                for model in inputs.config.models
+                if model.name not in failed
+            ]
+            plans = {name: ModelPlan(name, BLOCKED, why, "") for name, why in failed.items()}
+            needless = _needless(jobs, planned)
+            for job in jobs:
+                name = job.model.name
+                fleet("estimating", note=name)
+                plans[name] = _model_plan(job, rows, planned, node, needless.get(name))
     found = digests(inputs, sources, deployed)
+    models = [plans[model.name] for model in inputs.config.models]
     return FleetPlan(str(Path(config_path).absolute()), inputs.run_id, found, planned, models)
 
 
+def _needless(jobs: list[ModelJob], planned: TriagePlan | None) -> dict[str, str]:
+    """Return the models that would be left as they are, and why."""
+    kept = kept_results(jobs[0].inputs) if jobs else {}
+    live = [job for job in jobs if is_live(kept.get(job.model.name), job.deployed)]
+    found = {job.model.name: "runs what this run made of it" for job in live}
+    rest = [job for job in jobs if job not in live]
+    if planned is not None and planned.idle:
+        return found | {job.model.name: "no pair conflicts with the policy" for job in rest}
+    return found | complying(rest)
+
+
 def _model_plan(
-    job: ModelJob, rows: list[TriagedPair], planned: TriagePlan | None, node: float
+    job: ModelJob,
+    rows: list[TriagedPair],
+    planned: TriagePlan | None,
+    node: float,
+    needless: str | None,
 ) -> ModelPlan:
     now, changes = _policy_now(job)
     found = ModelPlan(job.model.name, CHANGES, "", now, changes)
-    if is_live(kept_results(job.inputs).get(job.model.name), job.deployed):
-        found.action, found.why = NO_CHANGE, "runs what this run made of it"
-        return found
-    if planned is not None and not planned.conflicts and planned.judged == planned.pairs:
-        found.action, found.why = NO_CHANGE, "no pair conflicts with the policy"
+    if needless is not None:
+        found.action, found.why = NO_CHANGE, needless
         return found
     found.stages, registered = _stages(job, rows, planned)
     if all(cost.reused for cost in found.stages) and registered:

@@ -37,9 +37,10 @@ def build(
     card: JudgeCard | None,
     ingested: dict[str, int],
     results: dict[str, dict[str, Any]],
+    unchanged: dict[str, str],
     started: float,
 ) -> dict[str, Any]:
-    """Return the report of a run as JSON values."""
+    """Return the report of a run as JSON values; ``unchanged``: models kept as they are, and why."""
     policy = inputs.policy
     return {
         "run_id": inputs.run_id,
@@ -69,7 +70,7 @@ def build(
             if "error" not in result
         ],
         "failed": {name: r["error"] for name, r in results.items() if "error" in r},
-        "unchanged": [m.name for m in inputs.config.models if m.name not in results],
+        "unchanged": unchanged,
         "wall_s": round(time.monotonic() - started, 1),
     }
 
@@ -278,8 +279,8 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row(model["name"], *_cells(model), model["registered_as"])
     for name, error in report["failed"].items():
         table.add_row(name, f"[red]failed: {error}[/red]")
-    for name in report["unchanged"]:
-        table.add_row(name, "kept: no conflict")
+    for name, why in report["unchanged"].items():
+        table.add_row(name, f"kept: {why}")
     return table
 
 

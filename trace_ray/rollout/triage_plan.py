@@ -55,6 +55,11 @@ class TriagePlan:
         share = self.shares[Category.INVERT].value + self.shares[Category.PUNISH].value
         return round(share * self.pairs)
 
+    @property
+    def idle(self) -> bool:
+        """Whether all pairs were judged, and none conflicts."""
+        return self.judged == self.pairs and not self.conflicts
+
     def to_row(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self) | {"conflicts": self.conflicts}
