@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.records import AdapterRecord
 from trace_ray.runtime.registry import Registry, default_uri
+from trace_ray.runtime.webhook import SECRET
 from trace_ray.serve.fleet import serve_config
 
 ROOT = Path(__file__).parents[1]
@@ -319,9 +322,36 @@ def test_good_candidates_are_promoted_wave_by_wave_by_themselves(waves):
     assert [aliases(waves, name) for name in NAMES] == [NEW, NEW]
 
 
-def test_a_bad_candidate_is_withdrawn_by_itself_and_kept_in_the_chain(waves):
+@pytest.fixture
+def told(waves, monkeypatch):
+    """The bodies that the fleet's webhook gets."""
+    bodies = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv(SECRET, "s3cret")
+    config = yaml.safe_load((waves / "fleet.yaml").read_text())
+    config["events"] = {"webhook": f"http://127.0.0.1:{server.server_port}", "wait_s": 30}
+    (waves / "fleet.yaml").write_text(yaml.safe_dump(config))
+    yield bodies
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def test_a_bad_candidate_is_withdrawn_by_itself_told_and_kept_in_the_chain(waves, told):
     live(waves, "one", lambda i: i % 2 > 0)
     done = rollout(waves, "step")
+    (event,) = told
+    assert event["event"] == "rollout.withdrawn"
+    assert (event["data"]["model"], event["data"]["rollout"]) == ("one", "stopped")
     assert done.exit_code == 1
     assert "one: withdraw: compliance is worse" in done.output
     assert [aliases(waves, name) for name in NAMES] == [{"champion": 1}, OLD]

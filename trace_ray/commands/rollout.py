@@ -20,6 +20,7 @@ Models = Annotated[
 ]
 _USUAL_RATE, _DROPS = 0.95, (0.05, 0.2)
 """Compliance of the champion, and drops of the candidate's, for which ``start`` says what it takes."""
+_EVENTS = {"promote": "rollout.promoted", "withdraw": "rollout.withdrawn"}
 Force = Annotated[str, typer.Option(help="Do it nevertheless; the reason is kept.")]
 
 
@@ -95,17 +96,21 @@ def step(
 ) -> None:
     """Take in the live records that came since, and promote or withdraw; exit 1 once withdrawn."""
     with exits_cleanly():
+        from trace_ray.rollout.events import telling
         from trace_ray.rollout.waves import WaveRollout
 
         rollout = WaveRollout(str(config))
-        while True:
-            state, actions = rollout.step()
-            for action in actions:
-                typer.echo(f"{action.model}: {action.what}: {action.reason}")
-            typer.echo(_wave_line(state))
-            if not every or state.status in ("done", "stopped"):
-                break
-            time.sleep(every)
+        with telling(str(config)) as tell:
+            while True:
+                state, actions = rollout.step()
+                for action in actions:
+                    typer.echo(f"{action.model}: {action.what}: {action.reason}")
+                    about = {"model": action.model, "reason": action.reason}
+                    tell(_EVENTS[action.what], about | {"rollout": state.status})
+                typer.echo(_wave_line(state))
+                if not every or state.status in ("done", "stopped"):
+                    break
+                time.sleep(every)
     sys.exit(1 if state.status == "stopped" else 0)
 
 
