@@ -12,9 +12,10 @@ import yaml
 from trace_ray.types import content_digest
 
 Data = Literal["synthetic", "hh"]
-Variant = Literal["ours", "nll", "paper"]
-"""``ours``: the examples' settings; ``nll``: the same with the paper's weights, that is, with an NLL term
-on preferred responses alone; ``paper``: the paper's loss and weights."""
+Variant = Literal["ours", "kept", "nll", "paper"]
+"""``ours``: the NLL term on preferred responses, and the examples' weights; ``kept``: the same, and
+retained pairs keep their preference (``retain_preference``); ``nll``: the NLL term alone, with the paper's
+weights; ``paper``: the paper's loss and weights."""
 ROOT = Path(__file__).resolve().parents[2]
 STORAGE = ".trace-ray/proof"
 
@@ -63,9 +64,12 @@ class Cell:
         realign["models"][0]["adapter"] = f"models:/trace-{self.model_name}@champion"
         realign["training"]["objective"] = self.objective
         realign["flip_labels"] = self.flip_labels
+        realign["training"].pop("retain_preference", None)
+        if self.variant == "kept":
+            realign["training"]["retain_preference"] = 1.0
         if self.variant == "paper":
             realign["training"]["rpo_alpha"] = 0.0
-        if self.variant != "ours":
+        if self.variant in ("nll", "paper"):
             realign["training"]["impact"] |= {"weights": "mean", "power": 1.0}
         if self.objective in ("trace_oracle", "dpo_gold"):
             replies = Path(STORAGE, "..", "demo", "replies.jsonl")
@@ -90,6 +94,7 @@ def all_cells() -> list[Cell]:
     for seed in range(3):
         for objective in ("trace", "naive_dpo", "dpo_gold", "u2a"):
             cells.append(Cell("synthetic", "smollm2", objective, seed))
+        cells.append(Cell("synthetic", "smollm2", "trace", seed, variant="kept"))
         cells += [
             Cell("synthetic", "smollm2", objective, seed, variant="paper")
             for objective in ("trace", "naive_dpo")
@@ -105,11 +110,13 @@ def all_cells() -> list[Cell]:
         for objective in ("trace", "naive_dpo")
     ]
     cells += [Cell("synthetic", "gemma3", objective) for objective in ("trace", "naive_dpo")]
+    cells.append(Cell("synthetic", "gemma3", "trace", variant="kept"))
     for seed in range(3):
         cells += [
             Cell("hh", "smollm2", objective, seed) for objective in ("trace", "naive_dpo", "u2a")
         ]
     cells += [Cell("hh", "smollm2", objective) for objective in ("no_impact", "no_triage", "no_kl")]
+    cells.append(Cell("hh", "smollm2", "trace", variant="kept"))
     return cells
 
 

@@ -33,8 +33,9 @@ def main() -> None:
         "# What the method does on real models",
         "Made by `python benchmarks/proof/run.py && python benchmarks/proof/table.py`. Agreement (TPA) is "
         "judged by the policy's checks, not by the judge that did the triage. `paper` marks the paper's "
-        "loss and weights; `nll` adds the NLL term of `rpo_alpha`; the other lines have the examples' "
-        "settings: tempered weights by category too. TPA and BLiMP in points, KL in nats.",
+        "loss and weights; `nll` adds the NLL term of `rpo_alpha`; the other lines have tempered weights "
+        "by category too, as the examples do, and `kept` also `retain_preference: 1`. TPA and BLiMP in "
+        "points, KL in nats.",
     ]
     for (data, model), title in _tables(lines):
         parts += [f"## {title}", _table(data, model, lines)]
