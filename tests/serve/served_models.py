@@ -11,6 +11,9 @@ import yaml
 from trace_ray.config import EngineConfig
 from trace_ray.config.serve import Limits, Records
 from trace_ray.models.adapters import adapter_sha256
+from trace_ray.models.families import load_tokenizer
+from trace_ray.models.fingerprint import take_fingerprint, write_fingerprint
+from trace_ray.models.policy_model import load_measured_model
 from trace_ray.serve.config import Compliance, ServeConfig, ServedAdapter, ServedJudge, ServedModel
 from trace_ray.testing import tiny_adapter, tiny_model
 
@@ -50,10 +53,18 @@ def support(base: Path, old: Path, new: Path, champion: str = OLD) -> ServedMode
     return ServedModel(name="support", base=str(base), adapters=adapters)
 
 
+def prove(adapter: Path, base: str | Path) -> None:
+    """Record what an adapter changes, as training does."""
+    model = load_measured_model(base, None, str(adapter))
+    write_fingerprint(adapter, take_fingerprint(model, load_tokenizer(base)))
+
+
 def endpoint(folder: Path) -> ServeConfig:
     base = tiny_model(folder / "base", "llama", seed=1)
     old = tiny_adapter(folder / "old", base, seed=2)
     new = tiny_adapter(folder / "new", base, seed=3)
+    for adapter in (old, new):
+        prove(adapter, base)
     paths = {}
     for name, policy in (("p1", POLICY), ("p2", NEXT_POLICY), ("judged", JUDGED_POLICY)):
         paths[name] = folder / f"{name}.yaml"

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,7 @@ from trace_ray.serve.config import ServeConfig
 from trace_ray.serve.fleet import serve_config
 from trace_ray.serve.records import read_records
 
-from .served_models import NEW, OLD, Post
+from .served_models import NEW, OLD, Post, prove
 
 BODY = {
     "model": "support",
@@ -71,6 +72,14 @@ class Fleet(NamedTuple):
 
 def said(post: Post, model: str) -> str:
     return post("chat/completions", BODY | {"model": model})[1]["choices"][0]["message"]["content"]
+
+
+def tokens(post: Post, model: str, **more: str) -> list[tuple[str, float]]:
+    """The answer to a prompt of several cache blocks; a salt of its own computes it from the start."""
+    asked = {"model": model, "messages": [{"role": "user", "content": "Hello? " * 20}]}
+    _, answer, _ = post("chat/completions", BODY | asked | {"logprobs": True} | more)
+    found = answer["choices"][0]["logprobs"]["content"]
+    return [(row["token"], round(row["logprob"], 3)) for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +207,8 @@ def test_a_promotion_reaches_clients_without_a_restart_or_a_failure(
     first = min(sent for sent, _, adapter, _ in clients.answers if adapter == NEW)
     print(f"the first request by the new champion was sent {first - moved:.2f} s after the move")
     assert engine.ping.remote().result() == pid
-    assert post("chat/completions", BODY | {"model": NEW})[0] == 200  # ids stay
+    for name in (OLD, NEW, OLD):  # ids stay, and no cached prefix is another adapter's
+        assert tokens(post, name) == tokens(post, name, cache_salt=uuid.uuid4().hex)
 
 
 def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
@@ -245,11 +255,14 @@ def register_like(
     name: str,
     alpha: int,
     alias: str = "challenger",
+    proved: bool = True,
 ) -> None:
-    """Register the challenger's weights once more, scaled otherwise."""
+    """Register the challenger's weights once more, scaled otherwise; unproved: under its old record."""
     adapter = shutil.copytree(config.models[0].adapters[1].path, folder / str(alpha))
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": alpha}))
+    if proved:
+        prove(adapter, config.models[0].base)
     digest = model_digest(Path(config.models[0].base), fleet.storage / "models")
     fleet.register(adapter, name, alias, digest)
 
@@ -268,6 +281,20 @@ def test_an_adapter_that_is_new_to_the_engine_is_loaded_while_it_runs(
     assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
 
 
+def test_an_adapter_that_does_not_answer_as_recorded_is_not_put_in_service(
+    fleet: Fleet, post: Post, url: str, config: ServeConfig, tmp_path: Path
+) -> None:
+    asked = BODY | {"model": "support@challenger"}
+    before = post("chat/completions", asked)[2]["x-trace-ray-adapter"]
+    unlike = "support@2026.3-eeeeeeee"
+    register_like(fleet, config, tmp_path, unlike, 1, proved=False)
+    until(lambda: registry_seen(url)["refused"] == ["support version 4"])
+    assert post("chat/completions", asked)[2]["x-trace-ray-adapter"] == before
+    assert post("chat/completions", BODY | {"model": unlike})[0] == 404
+    fleet.registry.set_alias("trace-support", "challenger", 3)
+    until(lambda: registry_seen(url)["refused"] == [])
+
+
 def test_an_adapter_that_was_changed_and_a_lost_registry_leave_the_names(
     fleet: Fleet, post: Post, url: str, config: ServeConfig, tmp_path: Path
 ) -> None:
@@ -278,9 +305,9 @@ def test_an_adapter_that_was_changed_and_a_lost_registry_leave_the_names(
         settings = json.loads(stored.read_text())
         if settings["lora_alpha"] == 4:
             stored.write_text(json.dumps(settings | {"lora_alpha": 5}))
-    fleet.registry.set_alias("trace-support", "challenger", 4)
-    fleet.registry.set_alias("trace-support", "champion", 4)
-    until(lambda: registry_seen(url)["refused"] == ["support version 4"])
+    fleet.registry.set_alias("trace-support", "challenger", 5)
+    fleet.registry.set_alias("trace-support", "champion", 5)
+    until(lambda: registry_seen(url)["refused"] == ["support version 5"])
     assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
     assert post("chat/completions", asked)[2]["x-trace-ray-adapter"] == before
     database = fleet.storage / "mlflow.db"

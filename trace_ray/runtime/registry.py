@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from trace_ray.core.promotion import AliasMove
 from trace_ray.errors import ModelError, RegistryError
 from trace_ray.models.adapters import CONFIG, WEIGHTS, adapter_sha256, write_meta
+from trace_ray.models.fingerprint import FINGERPRINT
 from trace_ray.runtime.aliases import Aliases
 from trace_ray.runtime.mlflow_client import first_line, open_client, require_answer, told
 from trace_ray.runtime.records import (
@@ -316,6 +317,8 @@ class Registry:
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(Path(record.adapter_dir, name), Path(draft, name))
             write_meta(draft, record.base_digest)
+            if (fingerprint := Path(record.adapter_dir, FINGERPRINT)).exists():
+                shutil.copyfile(fingerprint, Path(draft, FINGERPRINT))
             client.log_model_artifacts(model.model_id, draft)
         client.finalize_logged_model(model.model_id, "READY")
         for key, value in record.metrics.items():

@@ -107,6 +107,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from trace_ray.models.families import load_tokenizer
+    from trace_ray.models.fingerprint import take_fingerprint, write_fingerprint
     from trace_ray.models.packing import can_pack
     from trace_ray.models.policy_model import load_policy_model, save_adapter
     from trace_ray.models.trainer import (
@@ -151,6 +152,8 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
             trainer.train(resume_from_checkpoint=str(Path(folder, "checkpoint")))
     if is_first:
         save_adapter(model, Path(job.out, ADAPTER))
+        probes = take_fingerprint(model, tokenizer, trainer.autocast)
+        write_fingerprint(Path(job.out, ADAPTER), probes)
         history = {
             "log": trainer.state.log_history,
             "steps": trainer.state.global_step,

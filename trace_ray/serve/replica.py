@@ -10,17 +10,19 @@ import json
 import math
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.util.metrics import Counter
 
 from trace_ray.config import EngineConfig
+from trace_ray.core.fingerprint import not_in_effect
 from trace_ray.errors import ModelError, ServeError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.device import has_gpu
 from trace_ray.models.engine import engine_kwargs
+from trace_ray.models.fingerprint import read_fingerprint
 from trace_ray.types import Prompt, prompt_from_rows
 
 BASE_NAME = "base"
@@ -137,15 +139,12 @@ class EngineReplica:
         await init_app_state(self._engine, self._state, arguments, supported_tasks=("generate",))
 
     async def _load(self, adapters: list[Mapping[str, Any]]) -> None:
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
-
         models = self._state.openai_serving_models
         wanted = {adapter["id"]: adapter for adapter in adapters}
         for adapter in wanted.values():
             await self._add(adapter)
         for adapter_id in [name for name in models.lora_requests if name not in wanted]:
-            await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
-            self._loads.inc(tags={"adapter": adapter_id, "act": "forget"})
+            await self._forget(adapter_id, "forget")
 
     async def _add(self, adapter: Mapping[str, str]) -> None:
         """Load an adapter that was checked; the lock is held."""
@@ -158,8 +157,39 @@ class EngineReplica:
         answer = await self._state.openai_serving_models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
             raise ServeError(f"adapter {adapter['id']}: {answer.error.message}")
+        try:
+            await self._prove(adapter)
+        except (ModelError, ServeError) as error:
+            await self._forget(adapter["id"], "refuse")
+            raise ServeError(f"adapter {adapter['id']}: {error}; the adapter is refused") from None
         self._digests[adapter["id"]] = adapter["sha256"]
         self._loads.inc(tags={"adapter": adapter["id"], "act": "load"})
+
+    async def _prove(self, adapter: Mapping[str, str]) -> None:
+        """Compare what the adapter changes in this engine with what was recorded of it, if it was.
+
+        Raises:
+            ModelError: the record can't be read.
+            ServeError: the change is another.
+        """
+        probes = await asyncio.to_thread(read_fingerprint, adapter["path"])
+        if not probes:
+            return
+        base, changed = [
+            await asyncio.gather(
+                *(self._next_logps(p.prompt_ids, p.token_ids, lora) for p in probes)
+            )
+            for lora in (None, self._state.openai_serving_models.lora_requests[adapter["id"]])
+        ]
+        if why := not_in_effect(probes, base, changed):
+            raise ServeError(why)
+
+    async def _forget(self, adapter_id: str, act: str) -> None:
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        models = self._state.openai_serving_models
+        await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
+        self._loads.inc(tags={"adapter": adapter_id, "act": act})
 
     async def check_health(self) -> None:
         """Raise when the engine is dead, so that Serve replaces this replica."""
@@ -231,8 +261,6 @@ class EngineReplica:
         return list(await asyncio.gather(*(self._asked(adapter_id, p) for p in prompts)))
 
     async def _asked(self, adapter_id: str | None, prompt: Prompt) -> float | str:
-        from vllm import SamplingParams
-
         from trace_ray.models.chat import encode_prompt
 
         try:
@@ -242,18 +270,26 @@ class EngineReplica:
             return str(error)
         if not 0 < len(ids) < self._config.max_model_len:
             return f"longer than the judge's {self._config.max_model_len} tokens"
-        params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=[yes, no])
         adapters = self._state.openai_serving_models.lora_requests
         lora = None if adapter_id is None else adapters[adapter_id]
-        answers = self._engine.generate(
-            {"prompt_token_ids": ids}, params, f"judge-{uuid.uuid4().hex}", lora_request=lora
-        )
+        says_yes, says_no = await self._next_logps(ids, [yes, no], lora)
+        p = 1 / (1 + math.exp(min(says_no - says_yes, 700.0)))
+        return "the judge gave no probability" if math.isnan(p) else p
+
+    async def _next_logps(
+        self, prompt_ids: Sequence[int], token_ids: Sequence[int], lora: Any
+    ) -> list[float]:
+        """Return log p(token | prompt) of each token, nats, under a LoRA request or the base."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(token_ids))
+        prompt: Any = {"prompt_token_ids": list(prompt_ids)}
+        name = f"logps-{uuid.uuid4().hex}"
         output: Any = None
-        async for answer in answers:
+        async for answer in self._engine.generate(prompt, params, name, lora_request=lora):
             output = answer
         logprobs = output.outputs[0].logprobs[0]
-        p = 1 / (1 + math.exp(min(logprobs[no].logprob - logprobs[yes].logprob, 700.0)))
-        return "the judge gave no probability" if math.isnan(p) else p
+        return [logprobs[token].logprob for token in token_ids]
 
     def _yes_no(self) -> tuple[int, int]:
         if self._verdict_ids is None:
