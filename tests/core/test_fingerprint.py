@@ -11,7 +11,7 @@ from trace_ray.core.fingerprint import VISIBLE_NATS, Probe, not_in_effect
 LOGP = st.floats(-12, 0)
 ROWS = st.integers(1, 8).flatmap(
     lambda n: st.lists(st.tuples(LOGP, LOGP), min_size=n, max_size=n).map(
-        lambda rows: [*zip(*rows)]
+        lambda rows: [*zip(*rows, strict=True)]
     )
 )
 
