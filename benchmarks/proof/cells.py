@@ -28,6 +28,8 @@ EXAMPLES: dict[Data, tuple[str, str]] = {
 PROMPTS: dict[Data, int] = {"synthetic": 96, "hh": 160}
 """Held-out prompts measured; the examples measure fewer."""
 BLIMP_PAIRS = 600
+KEPT = 0.3
+"""``retain_preference`` of the variant ``kept``, chosen on prompts about the topics of the judge's labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Cell:
         realign["flip_labels"] = self.flip_labels
         realign["training"].pop("retain_preference", None)
         if self.variant == "kept":
-            realign["training"]["retain_preference"] = 1.0
+            realign["training"]["retain_preference"] = KEPT
         if self.variant == "paper":
             realign["training"]["rpo_alpha"] = 0.0
         if self.variant in ("nll", "paper"):

@@ -34,7 +34,7 @@ def main() -> None:
         "Made by `python benchmarks/proof/run.py && python benchmarks/proof/table.py`. Agreement (TPA) is "
         "judged by the policy's checks, not by the judge that did the triage. `paper` marks the paper's "
         "loss and weights; `nll` adds the NLL term of `rpo_alpha`; the other lines have tempered weights "
-        "by category too, as the examples do, and `kept` also `retain_preference: 1`. TPA and BLiMP in "
+        "by category too, as the examples do, and `kept` also `retain_preference: 0.3`. TPA and BLiMP in "
         "points, KL in nats.",
     ]
     for (data, model), title in _tables(lines):
