@@ -29,7 +29,7 @@ PROMPTS: dict[Data, int] = {"synthetic": 96, "hh": 160}
 """Held-out prompts measured; the examples measure fewer."""
 BLIMP_PAIRS = 600
 KEPT = 0.3
-"""``retain_preference`` of the variant ``kept``, chosen on prompts about the topics of the judge's labels."""
+"""``retain_preference`` of the variant ``kept``, chosen on prompts about the topics of the labels."""
 
 
 @dataclass(frozen=True, slots=True)
