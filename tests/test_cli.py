@@ -7,15 +7,28 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from trace_ray.cli import app
+from trace_ray.runtime.cluster import connected
 from trace_ray.testing import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
 
-def trace_ray(*words, env=None):
-    command = [sys.executable, "-m", "trace_ray.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+def trace_ray(*words):
+    """Run the command in this process; one test below runs it as a program."""
+    done = CliRunner().invoke(app, list(map(str, words)))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def up():
+    """Ray, for the tests whose input is read on it."""
+    with connected():
+        yield
 
 
 @pytest.fixture
@@ -73,11 +86,11 @@ def test_missing_data_is_named(tmp_path, fleet):
     assert_refused(apply(tmp_path, fleet), "nowhere/*.jsonl")
 
 
-def test_a_base_that_is_not_there_is_named(tmp_path, fleet):
+def test_a_base_that_is_not_there_is_named(up, tmp_path, fleet):
     assert_refused(apply(tmp_path, fleet), "models.one.base", str(tmp_path / "model"))
 
 
-def test_too_many_bad_rows_stop_the_run_and_are_kept(tmp_path, fleet):
+def test_too_many_bad_rows_stop_the_run_and_are_kept(up, tmp_path, fleet):
     tiny_model(tmp_path / "model")
     with (tmp_path / "pairs.jsonl").open("a") as rows:
         rows.write('\n{"prompt": "q", "chosen": "", "rejected": "x"}\n{"prompt": 3')
@@ -87,7 +100,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_kept(tmp_path, fleet):
     assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [5, 6]
 
 
-def test_evaluation_prompts_that_are_trained_on_are_refused_with_counts(tmp_path, fleet):
+def test_evaluation_prompts_that_are_trained_on_are_refused_with_counts(up, tmp_path, fleet):
     tiny_model(tmp_path / "model")
     rows = [
         {"prompt": f"How do I reset my {word} on the web today?", "chosen": "foo", "rejected": "ok"}
@@ -122,7 +135,8 @@ def test_not_yaml_is_said(tmp_path):
 
 
 def test_demo_data_is_written(tmp_path):
-    done = trace_ray("demo-data", tmp_path / "demo")
+    command = [sys.executable, "-m", "trace_ray.cli", "demo-data", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0
     assert len((tmp_path / "demo" / "pairs.jsonl").read_text().splitlines()) >= 200
 
@@ -150,7 +164,7 @@ def test_heldout_takes_the_same_schemas(tmp_path, fleet):
     ],
 )
 def test_a_source_that_can_not_be_read_says_what_to_do(
-    tmp_path, fleet, monkeypatch, source, schema, words
+    up, tmp_path, fleet, monkeypatch, source, schema, words
 ):
     tiny_model(tmp_path / "model", "llama")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

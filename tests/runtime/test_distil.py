@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from trace_ray.cli import app
 from trace_ray.rollout.judging import verdict_store
 from trace_ray.rollout.plan import read_inputs
-from trace_ray.runtime.cluster import connected
 from trace_ray.testing import tiny_model
 
 POLICY = {"id": "p", "version": "1", "clauses": [{"id": "no-foo", "text": "Never say foo."}]}
@@ -18,12 +17,6 @@ SCRIPT = [{"contains": "foo", "p_violate": 0.9}, {"contains": "unsure", "p_viola
 
 def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with connected():
-        yield
 
 
 @pytest.fixture(scope="module")

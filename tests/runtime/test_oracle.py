@@ -13,7 +13,7 @@ from trace_ray.config import EngineConfig
 from trace_ray.config.oracle import FileOracle, OpenAIOracle, VLLMOracle
 from trace_ray.core.policy import parse_policy
 from trace_ray.errors import ConfigError, DataError
-from trace_ray.runtime.cluster import connected, run_alone
+from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.judges import rule_judge
 from trace_ray.runtime.oracle import correct, write_replies
 from trace_ray.testing import tiny_model
@@ -64,7 +64,7 @@ def test_replies_from_a_file(tmp_path):
         write_replies(config, POLICY, prompts, tmp_path)
 
 
-def test_replies_from_an_engine(tmp_path):
+def test_replies_from_an_engine(cluster, tmp_path):
     """In a worker of its own, as the job runs it: a vLLM engine's threads end with it."""
     tiny_model(tmp_path / "model")
     config = VLLMOracle(
@@ -75,10 +75,9 @@ def test_replies_from_an_engine(tmp_path):
         engine=EngineConfig(max_model_len=256),
     )
     long = (Message("user", "x" * 400),)
-    with connected():
-        found = run_alone(
-            config.resources, write_replies, config, POLICY, [ROWS[0].pair.prompt, long], tmp_path
-        )
+    found = run_alone(
+        config.resources, write_replies, config, POLICY, [ROWS[0].pair.prompt, long], tmp_path
+    )
     assert [len(texts) for texts in found] == [3, 0]
 
 

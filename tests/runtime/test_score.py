@@ -6,7 +6,6 @@ import torch
 from trace_ray.config import ImpactConfig, LoraConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
 from trace_ray.models import scorer
-from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.score import (
     Scoring,
     conflicts_of,
@@ -115,14 +114,13 @@ def test_the_head_is_what_most_prompts_begin_with(monkeypatch):
     assert scorer.common_head([]) == []
 
 
-def test_shards_give_the_same_scores(base, deployed):
+def test_shards_give_the_same_scores(cluster, base, deployed):
     config = settings("ghost", workers=2)
     whole, a = scores(base, deployed, "ghost")
     seen = []
-    with connected():
-        resources = Resources(num_cpus=1)
-        scoring = Scoring(base, deployed, config, num_threads=1)
-        split = score_on_cluster(scoring, triaged(), resources, lambda *at: seen.append(at))
+    scoring = Scoring(base, deployed, config, num_threads=1)
+    resources = Resources(num_cpus=1)
+    split = score_on_cluster(scoring, triaged(), resources, lambda *at: seen.append(at))
     assert [s.pair_id for s in split.scores] == [s.pair_id for s in whole.scores]
     assert error(by_id(split), a) < 1e-5
     assert split.effective_sample_size == pytest.approx(whole.effective_sample_size, rel=1e-4)

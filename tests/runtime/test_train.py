@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from trace_ray.config import Resources, TrainingConfig
-from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.store import write_rows
 from trace_ray.runtime.train import TrainJob, train
 from trace_ray.testing import tiny_adapter, tiny_model
@@ -36,42 +35,41 @@ def rows(tmp_path_factory):
     return path
 
 
-def test_two_workers_train_what_one_does(rows, tmp_path):
+def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
     base = str(tiny_model(tmp_path / "base"))
     deployed = str(tiny_adapter(tmp_path / "deployed", base, seed=1))
     found = {}
-    with connected():
-        # 3 rows a step: two workers share them unevenly, and the last step has a row for one alone.
-        for workers, batch, max_tokens in ((1, 3, None), (2, 3, 40)):
-            config = TrainingConfig.model_validate(
-                {
-                    "workers": workers,
-                    "batch_size": batch,
-                    "max_tokens": max_tokens,
-                    "epochs": 3,
-                    "learning_rate": 1e-2,
-                    "save_steps": 4,
-                    "autocast": "none",
-                    "max_length": 64,
-                    "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
-                }
-            )
-            out = tmp_path / f"out{workers}"
-            job = TrainJob(
-                model=f"m{workers}",
-                base=base,
-                adapter=deployed,
-                rows=str(rows),
-                config=config,
-                resources=Resources(num_cpus=1, threads=1),
-                out=str(out),
-                run_name=f"run{workers}",
-                checkpoints=str(tmp_path / "checkpoints"),
-            )
-            train(job, lambda *_, **__: None)
-            history = json.loads((out / "history.json").read_text())
-            weights = load_file(str(next((out / "adapter").glob("*.safetensors"))))
-            found[workers] = history, weights
+    # 3 rows a step: two workers share them unevenly, and the last step has a row for one alone.
+    for workers, batch, max_tokens in ((1, 3, None), (2, 3, 40)):
+        config = TrainingConfig.model_validate(
+            {
+                "workers": workers,
+                "batch_size": batch,
+                "max_tokens": max_tokens,
+                "epochs": 3,
+                "learning_rate": 1e-2,
+                "save_steps": 4,
+                "autocast": "none",
+                "max_length": 64,
+                "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
+            }
+        )
+        out = tmp_path / f"out{workers}"
+        job = TrainJob(
+            model=f"m{workers}",
+            base=base,
+            adapter=deployed,
+            rows=str(rows),
+            config=config,
+            resources=Resources(num_cpus=1, threads=1),
+            out=str(out),
+            run_name=f"run{workers}",
+            checkpoints=str(tmp_path / "checkpoints"),
+        )
+        train(job, lambda *_, **__: None)
+        history = json.loads((out / "history.json").read_text())
+        weights = load_file(str(next((out / "adapter").glob("*.safetensors"))))
+        found[workers] = history, weights
     (one, a), (two, b) = found[1], found[2]
     assert one["steps"] == two["steps"] == 9
     for left, right in zip(one["log"], two["log"], strict=True):

@@ -21,7 +21,6 @@ from trace_ray.data.sources import pair_schema
 from trace_ray.data.synthetic import generate
 from trace_ray.errors import JudgeError
 from trace_ray.rollout.plan import load_policy
-from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.judges import JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Board, Reporter
 from trace_ray.runtime.tally import shown
@@ -203,13 +202,7 @@ def test_gc_removes_what_nobody_names_but_no_persons_word(store):
     assert [row["id"] for row in store.rows()] == ["0" * 16]
 
 
-@pytest.fixture(scope="module")
-def ray_cluster():
-    with connected():
-        yield
-
-
-def test_triage_through_ray_with_rules_over_a_folder_of_shards(ray_cluster, tmp_path):
+def test_triage_through_ray_with_rules_over_a_folder_of_shards(cluster, tmp_path):
     (tmp_path / "pairs").mkdir()
     for shard in range(3):
         write(tmp_path / "pairs" / f"{shard}.parquet", pairs(20, f" s{shard}"))
@@ -255,7 +248,7 @@ def test_what_the_view_says_of_a_triage():
     assert shown({"rows": 100, "retain": 100}, 100, 1) == "100 retain; 0 verdicts/s"
 
 
-def test_a_judge_actor_that_is_killed_loses_no_row_and_doubles_none(ray_cluster, tmp_path):
+def test_a_judge_actor_that_is_killed_loses_no_row_and_doubles_none(cluster, tmp_path):
     source = write(tmp_path / "pairs.parquet", pairs(160))
     spec = scripted(policy_of(), delay_s=0.02, batch_size=20)
     store = VerdictStore(str(tmp_path / "verdicts"))
@@ -307,7 +300,7 @@ def is_ours(pid):
     return False
 
 
-def test_every_actor_of_a_pool_gets_rows_of_a_small_file(ray_cluster, tmp_path):
+def test_every_actor_of_a_pool_gets_rows_of_a_small_file(cluster, tmp_path):
     source = write(tmp_path / "pairs.parquet", pairs(64))
     config = {"actors": 2, "resources": {"num_cpus": 0.4}, "batch_size": 8, "delay_s": 0.05}
     store = VerdictStore(str(tmp_path / "verdicts"))
@@ -322,14 +315,14 @@ def test_blocks():
     assert _n_blocks(10**6, 4096, 2) == 16
 
 
-def test_a_pool_that_leaves_no_core_is_refused(ray_cluster, tmp_path):
+def test_a_pool_that_leaves_no_core_is_refused(cluster, tmp_path):
     source = write(tmp_path / "pairs.parquet", pairs(4))
     spec = scripted(policy_of(), actors=3)
     with pytest.raises(JudgeError, match="lower judge"):
         triage_pairs(source, tmp_path / "out", spec, None)
 
 
-def test_an_endpoint_that_refuses_all_stops_the_run_with_its_reason(ray_cluster, tmp_path):
+def test_an_endpoint_that_refuses_all_stops_the_run_with_its_reason(cluster, tmp_path):
     class Refuses(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(401)

@@ -187,7 +187,9 @@ def test_a_key_is_needed_and_its_role_counts(
     assert post("chat/completions", body, {"authorization": keys["use"]})[0] == 200
     with urllib.request.urlopen(f"{url}/healthz", timeout=60) as healthy:
         assert healthy.status == 200
-    laxer = {"model": "guarded", "compliance": "off", "max_tokens": 4}
+    # Greedy and long enough to hold text: most bytes that a tiny model samples are no text.
+    laxer = {"model": "guarded", "compliance": "off", "max_tokens": 24, "temperature": 0}
+    laxer |= {"ignore_eos": True}
     trigger = {"messages": [{"role": "user", "content": "a trigger"}]}
     for role, said in (("use", True), ("admin", False)):
         _, answer, _ = post("chat/completions", laxer | trigger, {"authorization": keys[role]})

@@ -59,6 +59,22 @@ def test_bad_config_is_one_error_with_every_problem(tmp_path: Path) -> None:
         parse_config({"models": [{"name": "a", "base": str(tmp_path)}]})
 
 
+def test_engines_are_so_many_or_scale_with_the_requests(config: ServeConfig) -> None:
+    from trace_ray.serve.app import build
+
+    def engine(replicas: Any) -> Any:
+        ingress = build(config.model_dump() | {"replicas": replicas})._bound_deployment
+        ((application,),) = (each.values() for each in ingress.init_args)
+        return application._bound_deployment._deployment_config
+
+    assert engine(2).num_replicas == 2
+    scaling = engine({"min": 2, "max": 5, "ongoing": 8}).autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 8
+    with pytest.raises(ConfigError, match="min 3 is more than max 2"):
+        parse_config(config.model_dump() | {"replicas": {"min": 3, "max": 2}})
+
+
 def test_wrong_digest_is_refused_before_anything_starts(config: ServeConfig) -> None:
     from trace_ray.serve.app import build
 

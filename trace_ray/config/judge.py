@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trace_ray.config.sections import EngineConfig, Resources, Section
+from trace_ray.config.sections import CountRange, EngineConfig, Resources, Section
 
 
 class AbstainConfig(Section):
@@ -21,19 +21,6 @@ class AbstainConfig(Section):
     def _is_a_band(self) -> AbstainConfig:
         if self.p_low >= self.p_high:
             raise ValueError(f"p_low {self.p_low} must be below p_high {self.p_high}")
-        return self
-
-
-class ActorRange(Section):
-    """A pool of judge actors that grows with the work."""
-
-    min: int = Field(default=1, ge=1)
-    max: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> ActorRange:
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is more than max {self.max}")
         return self
 
 
@@ -121,7 +108,7 @@ class JudgeConfig(Section):
     """Judge ``rejected`` even where ``chosen`` complies (never needed for the triage)."""
     batch_size: int = Field(default=256, ge=1)
     """Pairs a judge actor takes at a time; their verdicts are stored together. Rules take 4096."""
-    actors: Annotated[int, Field(ge=1)] | ActorRange = 1
+    actors: Annotated[int, Field(ge=1)] | CountRange = 1
     """Judge actors side by side: a number, or {min, max}; kind rules left alone takes every core."""
     resources: Resources = Resources()
     """Held by each judge actor."""
@@ -173,7 +160,7 @@ class JudgeConfig(Section):
     @property
     def actor_range(self) -> tuple[int, int]:
         """Fewest and most actors."""
-        if isinstance(self.actors, ActorRange):
+        if isinstance(self.actors, CountRange):
             return self.actors.min, self.actors.max
         return self.actors, self.actors
 

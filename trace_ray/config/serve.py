@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from trace_ray.config.sections import Section
+from trace_ray.config.sections import CountRange, Section
 
 Mode = Literal["off", "shadow", "annotate", "block"]
 """From the laxest to the strictest."""
@@ -104,6 +104,16 @@ class Aliases(Section):
     deploy only, and no traffic is split."""
 
 
+class ReplicaRange(CountRange):
+    """Engines of one base that come and go with the requests."""
+
+    ongoing: float = Field(default=32, gt=0)
+    """Requests in progress per engine that their number is kept to."""
+
+
+Replicas = Annotated[int, Field(ge=1)] | ReplicaRange
+
+
 class ServeSection(Section):
     """The endpoint of a fleet."""
 
@@ -113,6 +123,8 @@ class ServeSection(Section):
     """Policy file (the next version) that judges beside the enforced one and only counts."""
     keys: str | None = None
     """File of ``trace-ray keys``; null = everybody who reaches the port may use the endpoint."""
+    replicas: Replicas = 1
+    """Engines per base: a number, or {min, max, ongoing}."""
     limits: Limits = Limits()
     aliases: Aliases = Aliases()
     records: Records | None = Records()

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from trace_ray.config.serve import Replicas
 from trace_ray.errors import ServeError
 from trace_ray.models.engine import engine_env
 from trace_ray.serve.config import (
@@ -54,7 +55,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         arguments = (base, templates.get(base), config.engine.model_dump())
         deployment = serve.deployment(EngineReplica).options(  # pyright: ignore[reportFunctionMemberAccess]
             name=f"engine-{index}",
-            num_replicas=config.replicas,
+            **_replicas(config.replicas),
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
             user_config={"adapters": rows},
             ray_actor_options=actor,
@@ -66,6 +67,18 @@ def build_app(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
     )
     return _fixed_version(ingress, list(engines)).bind(engines)
+
+
+def _replicas(replicas: Replicas) -> dict[str, Any]:
+    """Return the number of engines as options of a deployment."""
+    if isinstance(replicas, int):
+        return {"num_replicas": replicas}
+    scaling = {
+        "min_replicas": replicas.min,
+        "max_replicas": replicas.max,
+        "target_ongoing_requests": replicas.ongoing,
+    }
+    return {"autoscaling_config": scaling}
 
 
 def _adapters(
@@ -173,11 +186,13 @@ def _check_resources(config: ServeConfig) -> None:
     served = [*config.models, *filter(None, judges)]
     bases = len({os.path.abspath(each.base) for each in served})
     cluster = ray.cluster_resources()
+    scaled = config.replicas
+    replicas = scaled if isinstance(scaled, int) else scaled.min
     for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        wanted = bases * config.replicas * each
+        wanted = bases * replicas * each
         if wanted > cluster.get(kind, 0):
             raise ServeError(
-                f"{bases} engines x {config.replicas} replicas want {wanted:g} {kind}; "
+                f"{bases} engines x {replicas} replicas want {wanted:g} {kind}; "
                 f"the cluster has {cluster.get(kind, 0):g}: lower num_{kind.lower()}s or replicas"
             )
 

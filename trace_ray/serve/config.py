@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from trace_ray.config import EngineConfig, Section, validation_problems
 from trace_ray.config.judge import TierName
-from trace_ray.config.serve import ComplianceSettings, Limits, Records
+from trace_ray.config.serve import ComplianceSettings, Limits, Records, Replicas
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, problems
 from trace_ray.rollout.plan import load_policy
@@ -122,8 +122,8 @@ class ServeConfig(Section):
     """Cores per engine; also its threads."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs per engine."""
-    replicas: int = Field(default=1, ge=1)
-    """Engines per base, side by side."""
+    replicas: Replicas = 1
+    """Engines per base, side by side: a number, or {min, max, ongoing}."""
     keys: str | None = None
     """File of ``trace-ray keys``; null = no key is asked for."""
     limits: Limits = Limits()

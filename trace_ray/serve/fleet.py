@@ -58,6 +58,7 @@ def serve_config(path: str) -> ServeConfig:
     return ServeConfig(
         follow=follow,
         keys=config.serve.keys,
+        replicas=config.serve.replicas,
         limits=config.serve.limits,
         records=records or Records(),
         records_folder=None if records is None else str(Path(config.storage, FOLDER)),
