@@ -122,8 +122,7 @@ class Ingress(DashboardRoutes):
             settings = Records.model_validate(user_config["records"])
             self._records = RecordWriter(folder, settings)
         storage = None if follow is None else follow["storage"]
-        now = self._police, lambda: (self._table, self._follower)
-        self._live = LiveData(folder, storage, *now)
+        self._live = LiveData(folder, storage, self._police, lambda: (self._table, self._follower))
         if starts and self._follower is not None:
             # A replica that was restarted must not answer by what was champion at the last deploy.
             await self._follower.looked(FIRST_LOOK_S)
