@@ -41,8 +41,9 @@ function table(caption, heads, rows, numbers) {
   const css = (index) => (numbers.includes(index) ? "n" : "");
   const head = el("tr", "", heads.map((name, index) => el("th", css(index), name)));
   const body = rows.map((cells) => el("tr", "", cells.map((cell, index) => el("td", css(index), cell))));
-  const found = el("table", "", el("caption", "", caption), head, body);
-  return el("div", "wide", found);
+  const found = el("table", "", head, body);
+  found.setAttribute("aria-label", text(caption));
+  return [el("p", "soft", caption), el("div", "wide", found)];
 }
 
 // An estimate and its interval on a scale from low to 1, with a line at 0.
@@ -57,11 +58,11 @@ function mark(found, low, css, margin) {
     svg("circle", { cx: x(found.value), cy: 10, r: 4, class: css }));
 }
 
-function bar(value) {
+function bar(value, css) {
   const width = (196 * value).toFixed(1);
   return svg("svg", { viewBox: "0 0 200 16", class: "mark", "aria-hidden": "true" },
-    svg("rect", { x: 2, y: 2, width: 196, height: 12, class: "before" }),
-    svg("rect", { x: 2, y: 2, width, height: 12, class: "after" }));
+    svg("rect", { x: 2, y: 2, width: 196, height: 12, class: "rest" }),
+    svg("rect", { x: 2, y: 2, width, height: 12, class: css }));
 }
 
 function fleet(data) {
@@ -102,14 +103,15 @@ function rollout(data) {
 
 function traffic(live, splits) {
   if (!live || !live.traffic.length) return null;
-  const rows = live.traffic.map((row) => {
+  const rows = live.traffic.flatMap((row) => {
     const n = row.champion_n + row.candidate_n;
-    return [row.model, share(row.share), splits[row.model] ? "yes" : "no", n ? bar(row.candidate_n / n) : "-",
-      el("span", "key-before", `${row.champion}: ${part(row.champion_n, n)}, ${row.champion_failed} failed`),
-      el("span", "key-after", `${row.candidate}: ${part(row.candidate_n, n)}, ${row.candidate_failed} failed`)];
+    const side = (name, css, wanted) => [row.model, el("span", `key-${css}`, name), row[name],
+      n ? bar(row[`${name}_n`] / n, css) : "-", part(row[`${name}_n`], n), share(wanted),
+      row[`${name}_failed`], splits[row.model] === true ? "yes" : "no"];
+    return [side("champion", "before", 1 - row.share), side("candidate", "after", row.share)];
   });
-  return table("Traffic: what the candidate shall answer, and who answered of late",
-    ["model", "share", "split now", "", "champion", "candidate"], rows, [1]);
+  return table("Traffic: who answered of late, and the share that the rollout wants",
+    ["model", "side", "adapter", "", "answered", "wanted", "failed", "split now"], rows, [4, 5, 6]);
 }
 
 function compliance(live) {
