@@ -24,8 +24,11 @@ from hypothesis import strategies as st
 
 from trace_ray.config.serve import Records
 from trace_ray.core.live import summarise
-from trace_ray.serve.dashboard import page
+from trace_ray.core.sequential import SequentialState
+from trace_ray.core.waves import WaveState
+from trace_ray.serve.dashboard import LiveData, page
 from trace_ray.serve.records import RecentRecords, RecordWriter
+from trace_ray.serve.table import NameTable
 
 from .served_models import CLAUSE, MESSAGE, NEW, OLD, Post
 
@@ -155,6 +158,30 @@ def test_recent_records_read_the_end_of_what_is_large(
     (tmp_path / "decisions-3.jsonl").unlink()
     assert [row["time"] for row in recent.look()][-2:] == [1001, 1002]
     assert RecentRecords(tmp_path / "none").look() == []
+
+
+def test_a_rollout_of_an_earlier_version_has_no_interval_and_a_damaged_one_is_told(
+    tmp_path: Path,
+) -> None:
+    tests = {"support": {"compliance": SequentialState(blocks=1, total=0.5, variance=0.1)}}
+    state = {"state": WaveState(tests=tests).to_row(), "at": 5.0}
+    path = tmp_path / "rollout" / "waves.json"
+    path.parent.mkdir()
+
+    def gathered(text: str) -> dict[str, Any]:
+        path.write_text(text)
+        live = LiveData(None, str(tmp_path), {}, lambda: (NameTable(), None))
+        return json.loads(asyncio.run(live.json()))
+
+    found = gathered(json.dumps(state))
+    assert (found["rollout"]["tests"][0]["difference"], found["live"]) == (None, None)
+    found = gathered(json.dumps(state | {"test": {"alpha": 0.01, "margin": 0.05}, "waves": 3}))
+    assert found["rollout"]["tests"][0]["difference"]["n"] == 1
+    assert found["rollout"]["waves"] == 3
+    for damaged in ("{", "[]", '{"state": {}}'):
+        found = gathered(damaged)
+        assert found["rollout"] is None
+        assert found["problems"] == ["the rollout's state can't be read"]
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

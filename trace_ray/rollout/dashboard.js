@@ -193,7 +193,8 @@ async function look() {
     at("forget").hidden = !key;
     at("status").textContent = `as of ${clock(data.at)}`;
     at("data").classList.remove("old");
-    const now = JSON.stringify({ ...data, at: 0 });
+    const ages = { at: 0, read_s_ago: 0 };
+    const now = JSON.stringify(data, (name, value) => (name in ages ? 0 : value));
     if (now !== shown) draw(data);
     shown = now;
   } catch (error) {

@@ -35,6 +35,7 @@ from trace_ray.serve.table import NameTable
 FRESH_S = 1.0
 """Data this young are sent again: however many look, the files are read once a second."""
 TEMPLATE, STYLE, SCRIPT = "dashboard.html.j2", "dashboard.css.j2", "dashboard.js"
+_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 pages = APIRouter()
 
 
@@ -167,9 +168,6 @@ class DashboardRoutes:
         self._door.admin(request)
         headers = {"cache-control": "no-store"} | _HEADERS
         return Response(await self._live.json(), 200, headers, "application/json")
-
-
-_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
 @cache

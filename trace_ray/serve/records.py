@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections import deque
@@ -123,17 +124,22 @@ class RecentRecords:
         self._read: dict[str, int] = {}
         """File's name, as finished -> bytes read."""
         self._oldest = ""
+        self._one = threading.Lock()
 
     def look(self) -> list[dict[str, Any]]:
-        """Return the newest rows, oldest first.
+        """Return the newest rows, oldest first; for any thread.
 
         Raises:
             OSError: the folder can't be read.
         """
-        files = self._files()
-        self._read = {name: self._read.get(name, 0) for name, _ in files}
+        with self._one:
+            self._take(self._files())
+            return list(self._rows)
+
+    def _take(self, files: list[tuple[str, str]]) -> None:
         if len(files) == RECENT_FILES:  # what is older now never counts again
             self._oldest = files[-1][0]
+            self._read = {name: n for name, n in self._read.items() if name >= self._oldest}
         fresh, most = [], RECENT_BYTES
         for name, path in files:
             with suppress(FileNotFoundError):  # it was finished just now: the next look finds it
@@ -141,7 +147,6 @@ class RecentRecords:
                 fresh += rows
                 most -= taken
         self._rows.extend(sorted(fresh, key=lambda row: row["time"]))
-        return list(self._rows)
 
     def _files(self) -> list[tuple[str, str]]:
         """Return name, as finished, and path of the newest files, newest first."""
@@ -156,12 +161,13 @@ class RecentRecords:
         """Return the rows that came since the last look, and the bytes read; at most ``most``."""
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            start = max(self._read[name], size - most)
+            before = self._read.get(name, 0)
+            start = max(before, size - most)
             file.seek(start)
             data = file.read(size - start)
         end = data.rfind(b"\n") + 1
         lines = data[:end].splitlines()
-        if start > self._read[name]:  # it begins within a row
+        if start > before:  # it begins within a row
             lines = lines[1:]
         self._read[name] = start + end
         return [row for line in lines if (row := _slim(line)) is not None], len(data)
