@@ -198,6 +198,21 @@ def test_a_key_is_needed_and_its_role_counts(
     assert post("chat/completions", body, {"authorization": keys["quick"]})[0] == 401
 
 
+def test_the_live_page_shows_its_data_to_an_admin_alone(url: str, keys: dict[str, str]) -> None:
+    def status(path: str, key: str | None) -> int:
+        request = urllib.request.Request(url + path, headers={"authorization": key} if key else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    bad = "Bearer tr-00000000-x"
+    found = [status("/dashboard/data", key) for key in (None, bad, keys["use"], keys["admin"])]
+    assert found == [401, 401, 403, 200]
+    assert status("/dashboard", None) == 200
+
+
 def test_a_key_that_sends_too_fast_waits(
     post: Post, keys: dict[str, str], config: ServeConfig, keys_file: Path
 ) -> None:

@@ -141,6 +141,11 @@ def registry_seen(url: str) -> dict[str, Any]:
         return json.load(answer)["registry"]
 
 
+def shown(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/dashboard/data", timeout=60) as answer:
+        return json.load(answer)
+
+
 def until(true: Callable[[], bool], most_s: float = 180) -> None:
     deadline = time.monotonic() + most_s
     while not true():
@@ -212,7 +217,7 @@ def test_a_promotion_reaches_clients_without_a_restart_or_a_failure(
 
 
 def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
-    fleet: Fleet, post: Post
+    fleet: Fleet, post: Post, url: str
 ) -> None:
     fleet.registry.set_alias("trace-support", "challenger", 2)
     rollout = WaveRollout(fleet.path)
@@ -226,6 +231,13 @@ def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
         return status
 
     until(lambda: send(next(numbers)) == 200 and {NEW} in by_key.values())
+    time.sleep(1)  # the live page's data may be so old
+    live = shown(url)
+    (traffic,) = live["live"]["traffic"]
+    assert (traffic["champion"], traffic["candidate"], traffic["share"]) == (OLD, NEW, 0.5)
+    assert traffic["candidate_n"] >= 1
+    assert live["splits"] == {"support": True}
+    assert (live["rollout"]["status"], live["rollout"]["waves"]) == ("running", 1)
     by_key.clear()
     statuses, state = set[int](), None
     with ThreadPoolExecutor(4) as pool:
@@ -237,6 +249,13 @@ def test_a_bad_candidate_is_caught_from_live_traffic_and_no_request_fails(
     assert state is not None
     assert (state.status, actions[0].what) == (Status.STOPPED, "withdraw")
     assert "compliance is worse" in state.reason
+    time.sleep(1)
+    live = shown(url)["rollout"]
+    assert (live["status"], live["reason"]) == ("stopped", state.reason)
+    compared = {row["test"]: row for row in live["tests"]}
+    assert compared["compliance"]["decision"] == "rollback"
+    assert -1 <= compared["compliance"]["difference"]["ci_high"] < 0
+    assert compared["success"]["difference"]["ci_high"] > 0
     assert statuses == {200}
     assert set().union(*by_key.values()) == {OLD, NEW}
     assert all(len(adapters) == 1 for adapters in by_key.values())  # sticky

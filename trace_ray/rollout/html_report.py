@@ -99,10 +99,11 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) ->
             "attacks": {model["name"]: _attacks(model) for model in models if model.get("asr")},
         },
     }
-    return _environment().get_template(TEMPLATE).render(view)
+    return page_environment().get_template(TEMPLATE).render(view)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return what renders pages: every value is escaped, control characters are replaced."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(

@@ -13,14 +13,14 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trace_ray.config import FleetConfig
 from trace_ray.config.rollout import WaveSection
 from trace_ray.core.promotion import CHALLENGER, CHAMPION
-from trace_ray.core.sequential import Arm
+from trace_ray.core.sequential import Arm, SequentialConfig
 from trace_ray.core.split import Split
 from trace_ray.core.waves import (
     Action,
@@ -31,7 +31,7 @@ from trace_ray.core.waves import (
     WaveState,
     advance,
 )
-from trace_ray.errors import ConfigError, RolloutError
+from trace_ray.errors import ConfigError, DataError, RolloutError
 from trace_ray.rollout.promotion import Rollouts, not_promotable
 from trace_ray.runtime.store import write_json
 from trace_ray.types import Label
@@ -179,6 +179,7 @@ class WaveRollout:
         splits = _splits(self.plan, state, kept.get("id", ""), kept["arms"])
         rows = {model: split.to_row() for model, split in splits.items()}
         now = {"state": state.to_row(), "at": self.clock(), "splits": rows}
+        now |= {"test": asdict(self.plan.test()), "waves": len(self.plan.waves)}
         write_json(self.path, kept | now)
 
 
@@ -225,6 +226,35 @@ class LiveSplits:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RolloutError(f"{self._path}: can't be read: {error}") from None
         return self._splits
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutView:
+    """A rollout as others see it."""
+
+    state: WaveState
+    at: float
+    """Time of its last step."""
+    waves: int | None
+    """How many there are; this and the test are None in a state of an earlier version."""
+    test: SequentialConfig | None
+
+
+def read_rollout(storage: Path) -> RolloutView | None:
+    """Return where a fleet's rollout stood at its last step; None where none was started.
+
+    Raises:
+        RolloutError: the state can't be read.
+    """
+    path = storage / "rollout" / STATE
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        test = SequentialConfig(**row["test"]) if "test" in row else None
+        return RolloutView(WaveState.from_row(row["state"]), row["at"], row.get("waves"), test)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, DataError) as error:
+        raise RolloutError(f"{path}: can't be read: {error}") from None
 
 
 def _observations(path: Path, arms: dict[str, dict[str, str]]) -> Iterator[Observation]:

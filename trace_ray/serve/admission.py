@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from starlette.requests import Request
 
 from trace_ray.config.serve import Limits
-from trace_ray.serve.keys import KeyRecord, Keys
+from trace_ray.serve.keys import KeyRecord, Keys, Role
 from trace_ray.serve.limiter import Limiter
 from trace_ray.serve.requests import RequestError
 
@@ -49,6 +49,17 @@ class Admission:
             message = "no valid API key: send 'Authorization: Bearer tr-...'"
             raise RequestError(401, message, None, "AuthenticationError")
         return key
+
+    def admin(self, request: Request) -> None:
+        """Let a request in where no key is asked for, or with an admin's.
+
+        Raises:
+            RequestError: 401, 403.
+        """
+        key = self.key(request)
+        if key is not None and key.role is not Role.ADMIN:
+            message = "this needs a key with the role 'admin'"
+            raise RequestError(403, message, None, "PermissionDeniedError")
 
     def place(self, key: KeyRecord | None) -> AbstractContextManager[None]:
         """Return a place among the requests in flight, held while it is entered.

@@ -22,6 +22,7 @@ from trace_ray.serve.admission import Admission
 from trace_ray.serve.answers import Kind
 from trace_ray.serve.calls import CLIENT_LEFT, Call, HeldStream, sticky_key, until_end
 from trace_ray.serve.config import ComplianceTable, Follow, Route, ServedModel
+from trace_ray.serve.dashboard import DashboardRoutes, LiveData, pages
 from trace_ray.serve.engines import Engines, events
 from trace_ray.serve.follow import FleetSource, Follower
 from trace_ray.serve.keys import Role
@@ -50,6 +51,7 @@ FIRST_LOOK_S = 15
 """Longest time that a start waits for the registry."""
 
 api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
+api.include_router(pages)
 
 
 @api.exception_handler(HTTPException)
@@ -68,7 +70,7 @@ async def _refused(request: Request, error: RequestError) -> JSONResponse:
 
 @serve.deployment(name="ingress")
 @serve.ingress(api)
-class Ingress:
+class Ingress(DashboardRoutes):
     """Routes a request to the engine and adapter that its ``model`` names, and checks the reply."""
 
     def __init__(self, engines: dict[str, DeploymentHandle]) -> None:
@@ -119,6 +121,8 @@ class Ingress:
         if (folder := user_config["records_folder"]) is not None:
             settings = Records.model_validate(user_config["records"])
             self._records = RecordWriter(folder, settings)
+        storage = None if follow is None else follow["storage"]
+        self._live = LiveData(folder, storage, self._police, lambda: (self._table, self._follower))
         if starts and self._follower is not None:
             # A replica that was restarted must not answer by what was champion at the last deploy.
             await self._follower.looked(FIRST_LOOK_S)

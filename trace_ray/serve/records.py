@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import re
 import socket
+import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +22,11 @@ from trace_ray.errors import DataError
 FOLDER = "records"
 """Under ``storage``."""
 _DRAFT = ".decisions-"
+RECENT_ROWS, RECENT_FILES, RECENT_BYTES = 5000, 500, 16_000_000
+"""Most rows that are kept in sight, files and bytes that one look reads."""
+_SHOWN = ("type", "time", "request_id", "model", "name", "adapter", "policy", "label", "clause")
+_SHOWN += ("acted", "judge_s", "failed", "request_s")
+_IS_OURS = re.compile(r"decisions-.*\.jsonl").fullmatch
 
 
 class Redactor:
@@ -100,6 +109,82 @@ class RecordWriter:
             pid = int(draft.name.rsplit("-", 2)[1])
             if not os.path.exists(f"/proc/{pid}"):
                 draft.rename(draft.with_name(draft.name.removeprefix(".")))
+
+
+class RecentRecords:
+    """The newest rows of a folder of records, whoever writes them: finished files and drafts.
+
+    Each byte is read once, so that a look at a busy folder is cheap; texts are left out.
+    """
+
+    def __init__(self, folder: Path, rows: int = RECENT_ROWS) -> None:
+        """Take the folder; nothing is read yet."""
+        self._folder = folder
+        self._rows: deque[dict[str, Any]] = deque(maxlen=rows)
+        self._read: dict[str, int] = {}
+        """File's name, as finished -> bytes read."""
+        self._oldest = ""
+        self._one = threading.Lock()
+
+    def look(self) -> list[dict[str, Any]]:
+        """Return the newest rows, oldest first; for any thread.
+
+        Raises:
+            OSError: the folder can't be read.
+        """
+        with self._one:
+            self._take(self._files())
+            return list(self._rows)
+
+    def _take(self, files: list[tuple[str, str]]) -> None:
+        if len(files) == RECENT_FILES:  # what is older now never counts again
+            self._oldest = files[-1][0]
+            self._read = {name: n for name, n in self._read.items() if name >= self._oldest}
+        fresh, most = [], RECENT_BYTES
+        for name, path in files:
+            with suppress(FileNotFoundError):  # it was finished just now: the next look finds it
+                rows, taken = self._fresh(name, path, most)
+                fresh += rows
+                most -= taken
+        self._rows.extend(sorted(fresh, key=lambda row: row["time"]))
+
+    def _files(self) -> list[tuple[str, str]]:
+        """Return name, as finished, and path of the newest files, newest first."""
+        if not self._folder.is_dir():
+            return []
+        with os.scandir(self._folder) as entries:
+            found = [(entry.name.removeprefix("."), entry.path) for entry in entries]
+        ours = [each for each in found if _IS_OURS(each[0]) and each[0] >= self._oldest]
+        return heapq.nlargest(RECENT_FILES, ours)
+
+    def _fresh(self, name: str, path: str, most: int) -> tuple[list[dict[str, Any]], int]:
+        """Return the rows that came since the last look, and the bytes read; at most ``most``."""
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            before = self._read.get(name, 0)
+            start = max(before, size - most)
+            file.seek(start)
+            data = file.read(size - start)
+        end = data.rfind(b"\n") + 1
+        lines = data[:end].splitlines()
+        if start > before:  # it begins within a row
+            lines = lines[1:]
+        self._read[name] = start + end
+        return [row for line in lines if (row := _slim(line)) is not None], len(data)
+
+
+def _slim(line: bytes) -> dict[str, Any] | None:
+    """Return a row without texts; None for what is no row with a time."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("time"), int | float):
+        return None
+    slim = {name: row[name] for name in _SHOWN if name in row}
+    if isinstance(beside := row.get("shadow"), dict):
+        slim["shadow"] = {name: beside.get(name) for name in ("policy", "label")}
+    return slim
 
 
 def read_records(folder: Path) -> Iterator[dict[str, Any]]:
