@@ -1,7 +1,7 @@
 """Makes RESULTS.md out of results.jsonl: one line per objective, seeds averaged, with intervals.
 
 Intervals are 95% bootstrap intervals over held-out prompts, each prompt's outcome averaged over the
-seeds; differences to trace are paired by prompt and by seed.
+seeds; differences to trace and to naive_dpo are paired by prompt and by seed.
 """
 
 from __future__ import annotations
@@ -57,35 +57,29 @@ def _tables(lines: dict[Line, Any]) -> list[tuple[tuple[str, str], str]]:
 
 def _table(data: str, model: str, lines: dict[Line, dict[int, dict[str, Any]]]) -> str:
     rows = [
-        "| objective | seeds | TPA | over trace | invert/punish/retain | token KL | BLiMP | distinct-2 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| objective | seeds | TPA | over trace | over naive_dpo | invert/punish/retain | token KL | BLiMP "
+        "| distinct-2 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     mine = {line: seeds for line, seeds in lines.items() if line[:2] == (data, model)}
-    trace = mine.get((data, model, "trace", 0.0, "ours"), {})
-    if trace:
-        rows.append(_row("deployed", trace, {}, "before"))
+    peers = [mine.get((data, model, peer, 0.0, "ours"), {}) for peer in ("trace", "naive_dpo")]
+    if peers[0]:
+        rows.append(_row("deployed", peers[0], [{}, {}], "before"))
     order = sorted(mine, key=lambda line: (line[3], line[4] != "ours", line[2] != "trace", line[2]))
     for line in order:
         _, _, objective, flips, variant = line
         name = objective + ("" if variant == "ours" else f", {variant}")
         name += f", {flips:.0%} flipped" if flips else ""
-        rows.append(_row(name, mine[line], trace if mine[line] is not trace else {}, "after"))
+        others = [{} if mine[line] is peer else peer for peer in peers]
+        rows.append(_row(name, mine[line], others, "after"))
     return "\n".join(rows)
 
 
 def _row(
-    name: str, seeds: dict[int, dict[str, Any]], trace: dict[int, dict[str, Any]], side: str
+    name: str, seeds: dict[int, dict[str, Any]], peers: list[dict[int, dict[str, Any]]], side: str
 ) -> str:
     runs = list(seeds.values())
     passed = np.array([run[f"passed_{side}"] for run in runs], dtype=float)
-    shared = sorted(set(seeds) & set(trace))
-    against = "-"
-    if shared:
-        gap = [
-            np.subtract(seeds[s]["passed_after"], trace[s]["passed_after"], dtype=float)
-            for s in shared
-        ]
-        against = _interval(np.mean(gap, axis=0), "+")
     field = "before" if side == "before" else "value"
     bins = [
         "-"
@@ -100,8 +94,20 @@ def _row(
         blimp += f" ({100 * change:+.1f})"
     kl = f"{np.mean([k['kl'] for k in kept]):.3f}" if side == "after" else "0"
     distinct = f"{np.mean([k[f'distinct2_{side}'] for k in kept]):.2f}"
-    cells = [name, str(len(runs)), _interval(passed.mean(0)), against, " / ".join(bins)]
+    against = [_over(seeds, peer) for peer in peers]
+    cells = [name, str(len(runs)), _interval(passed.mean(0)), *against, " / ".join(bins)]
     return f"| {' | '.join([*cells, kl, blimp, distinct])} |"
+
+
+def _over(seeds: dict[int, dict[str, Any]], peer: dict[int, dict[str, Any]]) -> str:
+    shared = sorted(seeds.keys() & peer.keys())
+    if not shared:
+        return "-"
+    gaps = [
+        np.subtract(seeds[seed]["passed_after"], peer[seed]["passed_after"], dtype=float)
+        for seed in shared
+    ]
+    return _interval(np.mean(gaps, axis=0), "+")
 
 
 def _value(bin_: dict[str, Any], field: str) -> float:
