@@ -20,6 +20,7 @@ import yaml
 from small_fleet import here
 
 from trace_ray.data.synthetic import generate
+from trace_ray.models.fingerprint import read_fingerprint
 from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.registry import Registry, default_uri
@@ -224,6 +225,7 @@ def test_mlflow_holds_the_adapter_alone_with_its_lineage(realigned, tmp_path):
         assert challenger.tags["parent_adapter"] == champion.tags["adapter_id"]
         found = registry.resolve(f"models:/trace-{model['name']}@challenger", tmp_path)
         assert found.sha256 == model["adapter_sha256"]
+        assert read_fingerprint(found.path)
         assert not [f for f in found.path.iterdir() if f.stat().st_size > 1_000_000]
 
 
@@ -458,7 +460,8 @@ def test_evaluate_measures_a_candidate_without_training_and_only_once(realigned,
 
 def test_a_model_that_complies_already_is_planned_and_kept_as_it_is(realigned, up):
     config = yaml.safe_load((realigned / "realign.yaml").read_text())
-    clause = {"id": "no-t", "text": "Never say the.", "checks": {"must_not_match": r"\bthe\b"}}
+    # In some of the pairs; no few random bytes say it.
+    clause = {"id": "no-plan", "text": "Name no plan.", "checks": {"must_not_match": "(?i)plan"}}
     policy = {"id": "acme", "version": "5", "clauses": [clause]}
     (realigned / "policy-5.yaml").write_text(yaml.safe_dump(policy))
     config |= {"policy": "policy-5.yaml", "judge": {"kind": "rules"}}

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TOLERANCE = 0.5
-"""Largest distance of the change that is seen from the recorded one, as a share of the latter's length:
-no change at all is at 1. Precisions (bfloat16 against float32) differ by a few percent."""
-VISIBLE_NATS = 0.1
-"""Root mean square of a change that every precision shows; under it nothing is proved."""
+TOLERANCE = 0.25
+"""Largest error of the change that is seen, as a share of the recorded change: no change at all is at 1,
+bfloat16 against float32 at a few hundredths, another adapter for the same task may be near."""
+NOISE_NATS = 0.1
+"""Root mean square error that precisions alone may make; a change under it proves nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def not_in_effect(
     """Say why an engine does not answer with the adapter; None where it does, or nothing can be told.
 
     Compared is the adapter's change, log p_adapter - log p_base, over all probes and tokens: what
-    engine and record round differently in both models cancels out of it.
+    engine and record round differently in both models cancels out of it. The error's root mean
+    square may be ``TOLERANCE`` times that of the recorded change, or ``NOISE_NATS``.
 
     Args:
         probes: as recorded.
@@ -74,12 +75,13 @@ def not_in_effect(
     ]
     if len(seen) != len(wanted):
         raise ValueError(f"{len(wanted)} values are recorded, the engine gave {len(seen)}")
-    length = math.hypot(*wanted)
-    if not length or length / math.sqrt(len(wanted)) < VISIBLE_NATS:
+    scale = math.sqrt(len(wanted)) or 1.0
+    error, size = math.dist(seen, wanted) / scale, math.hypot(*wanted) / scale
+    if error <= max(TOLERANCE * size, NOISE_NATS):
         return None
-    error = math.dist(seen, wanted) / length
-    if error <= TOLERANCE:
-        return None
-    if math.hypot(*seen) <= (1 - TOLERANCE) * length:
-        return "it changes the engine's answers less than it should: it is not applied"
-    return f"it changes the engine's answers otherwise than recorded (relative error {error:.2f})"
+    if math.hypot(*seen) / scale <= TOLERANCE * size:
+        return "it leaves the engine's answers as they are: it is not applied"
+    return (
+        "it changes the engine's answers otherwise than recorded "
+        f"(off by {error:.2f} nats a token, the recorded change is {size:.2f})"
+    )
