@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -337,7 +338,11 @@ def test_the_registered_models_are_served(realigned, tmp_path, command):
     with (tmp_path / "log").open("w") as log:
         # A cluster of its own, whatever an earlier cluster that was killed left behind.
         env = os.environ | {"RAY_ADDRESS": "local"}
-        server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=env)
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        server = subprocess.Popen(
+            words, cwd=ROOT, stdout=log, stderr=log, env=env, preexec_fn=default
+        )
     try:
         limit = time.monotonic() + 300
         while True:
