@@ -75,6 +75,8 @@ class EngineReplica:
         self._lock = asyncio.Lock()
         self._digests: dict[str, str] = {}
         """Id -> sha256 of what was loaded: a name never gets other weights in this engine."""
+        self._in_service: set[str] = set()
+        """Ids that were proved: while its proof runs, an adapter answers nobody."""
         self._engine: Any = None
         self._state: Any = None
         self._tokenizer: Any = None
@@ -116,7 +118,7 @@ class EngineReplica:
                 f"adapter {adapter['id']}: is loaded with digest {known[:12]}..., not "
                 f"{adapter['sha256'][:12]}...: new weights need a new id"
             )
-        return adapter["id"] in self._state.openai_serving_models.lora_requests
+        return adapter["id"] in self._in_service
 
     async def _start(self) -> None:
         _allow_plugin()
@@ -139,11 +141,10 @@ class EngineReplica:
         await init_app_state(self._engine, self._state, arguments, supported_tasks=("generate",))
 
     async def _load(self, adapters: list[Mapping[str, Any]]) -> None:
-        models = self._state.openai_serving_models
         wanted = {adapter["id"]: adapter for adapter in adapters}
         for adapter in wanted.values():
             await self._add(adapter)
-        for adapter_id in [name for name in models.lora_requests if name not in wanted]:
+        for adapter_id in self._in_service - set(wanted):
             await self._forget(adapter_id, "forget")
 
     async def _add(self, adapter: Mapping[str, str]) -> None:
@@ -157,12 +158,16 @@ class EngineReplica:
         answer = await self._state.openai_serving_models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
             raise ServeError(f"adapter {adapter['id']}: {answer.error.message}")
+        # Also of one that is refused: what its proof leaves in the prefix cache is under its name.
+        self._digests[adapter["id"]] = adapter["sha256"]
         try:
             await self._prove(adapter)
-        except (ModelError, ServeError) as error:
+        except BaseException as error:  # cancelled, or the engine failed: it is not proved either
             await self._forget(adapter["id"], "refuse")
+            if not isinstance(error, ModelError | ServeError | ValueError):
+                raise
             raise ServeError(f"adapter {adapter['id']}: {error}; the adapter is refused") from None
-        self._digests[adapter["id"]] = adapter["sha256"]
+        self._in_service.add(adapter["id"])
         self._loads.inc(tags={"adapter": adapter["id"], "act": "load"})
 
     async def _prove(self, adapter: Mapping[str, str]) -> None:
@@ -175,18 +180,23 @@ class EngineReplica:
         probes = await asyncio.to_thread(read_fingerprint, adapter["path"])
         if not probes:
             return
-        base, changed = [
-            await asyncio.gather(
-                *(self._next_logps(p.prompt_ids, p.token_ids, lora) for p in probes)
+        lora = self._state.openai_serving_models.lora_requests[adapter["id"]]
+        # Together, so that one batch mixes base and adapter, as traffic does.
+        values = await asyncio.gather(
+            *(
+                self._next_logps(p.prompt_ids, p.token_ids, each)
+                for each in (None, lora)
+                for p in probes
             )
-            for lora in (None, self._state.openai_serving_models.lora_requests[adapter["id"]])
-        ]
+        )
+        base, changed = values[: len(probes)], values[len(probes) :]
         if why := not_in_effect(probes, base, changed):
             raise ServeError(why)
 
     async def _forget(self, adapter_id: str, act: str) -> None:
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
+        self._in_service.discard(adapter_id)
         models = self._state.openai_serving_models
         await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
         self._loads.inc(tags={"adapter": adapter_id, "act": act})
