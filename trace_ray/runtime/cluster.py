@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ _OURS = re.compile(r"^trace_ray\.errors\.(?P<kind>\w+): (?P<message>.*)$", re.MU
 
 WORKER_ENV = ("HF_HUB_OFFLINE", "TRACE_RAY_DATA", "MLFLOW_TRACKING_URI", "VLLM_LOGGING_LEVEL")
 """Settings of the driver's environment that workers of a joined cluster get too."""
+
+ENDS_WITHIN_S = 30
+"""How long a pipeline's scheduling thread may take over its last step."""
 
 
 @contextmanager
@@ -48,7 +52,24 @@ def connected() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        try:
+            _end_ray_data()
+        finally:
+            ray.shutdown()
+
+
+def _end_ray_data() -> None:
+    """Wait for the scheduling threads of pipelines that were cut short.
+
+    Ray Data waits two seconds for such a thread; one that then calls Ray after ``ray.shutdown``
+    ends the whole process with status 1, in silence.
+    """
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=True)
+            thread.join(timeout=ENDS_WITHIN_S)
 
 
 def _joins() -> bool:
