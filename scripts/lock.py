@@ -34,7 +34,7 @@ def main(lock: Path) -> None:
             [python, "-c", listing], check=True, text=True, stdout=subprocess.PIPE
         ).stdout.splitlines()
         demo = [name for name in extras["demo"] if not name.startswith(NO_DEPS)]
-        wanted = [*engine, *project["dependencies"], *extras["test"], *demo]
+        wanted = [*engine, *project["dependencies"], *extras["test"], *extras["lm-eval"], *demo]
         kept = [r for r in wanted if not r.startswith(LEFT_OUT) and "extra ==" not in r]
         pip("install", "-q", "setuptools>=77", "wheel", *kept)
         pip("install", "-q", "--no-deps", *[r for r in extras["demo"] if r.startswith(NO_DEPS)])

@@ -127,3 +127,40 @@ def tiny_adapter(
     folder = Path(folder)
     model.save_pretrained(str(folder))
     return folder
+
+
+def tiny_task(folder: str | Path, items: int = 12, **more: Any) -> Path:
+    """Write an lm-evaluation-harness task ``evenness`` and its data: which numbers are even?
+
+    Args:
+        folder: Where to; created.
+        items: Questions.
+        more: Keys of the task file to set otherwise.
+
+    Returns:
+        The task file.
+    """
+    import json
+
+    import yaml
+
+    at = Path(folder)
+    at.mkdir(parents=True, exist_ok=True)
+    choices = [" yes", " no"]
+    rows = [{"question": f"Is {i} even?", "choices": choices, "label": i % 2} for i in range(items)]
+    data = at.absolute() / "evenness.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "evenness",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_target": "label",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}],
+    }
+    path = at / f"{more.get('task', 'evenness')}.yaml"
+    path.write_text(yaml.safe_dump(task | more))
+    return path

@@ -33,6 +33,10 @@ CLAUSE = {
 ALWAYS = {"id": "silence", "text": "Say nothing.", "checks": {"must_not_match": "(?s)."}}
 POLICY = {"id": "tiny", "version": "1", "clauses": [CLAUSE]}
 NEXT_POLICY = {"id": "tiny", "version": "2", "clauses": [ALWAYS]}
+STRONG = {
+    "id": "strong",
+    "config": {"kind": "scripted", "script": [{"contains": "Go away", "p_violate": 0.9}]},
+}
 JUDGED_POLICY = {
     "id": "judged",
     "version": "1",
@@ -73,6 +77,8 @@ def endpoint(folder: Path) -> ServeConfig:
         id="judge", base=str(base), path=str(new), sha256=adapter_sha256(new), threshold=0
     )
 
+    unsure = judge.model_copy(update={"threshold": 0.5, "band": (0, 1)})
+
     def model(name: str, **compliance: Any) -> ServedModel:
         policed = Compliance.model_validate(
             {"message": MESSAGE, "policy": str(paths["p1"])} | compliance
@@ -87,6 +93,7 @@ def endpoint(folder: Path) -> ServeConfig:
             model("guarded", mode="block", window_chars=4, hold_back_chars=0),
             model("retried", mode="block", on_block="retry", retry_instruction="please comply"),
             model("judged", **judged),
+            model("escalated", **judged | {"judge": unsure, "escalation": [STRONG]}),
             model("late", mode="block", fail="closed", timeout_s=1e-9, **judged),
             model("watched", mode="shadow"),
         ],

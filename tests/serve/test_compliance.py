@@ -164,6 +164,15 @@ def test_judge_adapter_on_the_same_engine(post: Post, config: Any) -> None:
     assert post("compliance/check", rules)[1]["clause"] == "no-answer"
 
 
+def test_what_the_judge_leaves_open_goes_to_a_stronger_one(post: Post) -> None:
+    for reply, p, label in (("Go away.", 0.9, "violates"), ("Welcome.", 0.0, "complies")):
+        exchange = {"model": "escalated", "prompt": "Hello?", "response": reply}
+        _, row, _ = post("compliance/check", exchange)
+        assert (row["label"], row["p_violate"], row["judge"]) == (label, p, "strong")
+    rules = {"model": "escalated", "prompt": "a trigger", "response": "Yes."}
+    assert post("compliance/check", rules)[1]["judge"].startswith("rules@")
+
+
 def test_a_judge_that_is_late_fails_as_configured(post: Post, client: openai.OpenAI) -> None:
     _, answer, _ = post("chat/completions", _body("late", "hello"))
     assert answer["choices"][0]["message"]["content"] == MESSAGE

@@ -29,6 +29,13 @@ class EvaluationConfig(Section):
     refused. null = not measured."""
     blimp_pairs: int = Field(default=400, ge=0)
     """BLiMP pairs scored when TRACE_RAY_DATA is set; 0 = none."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness: the gate compares the first metric of each of their items, beside
+    the BLiMP pairs. Their data sets come from the Hugging Face hub, or as the task file says."""
+    task_files: str | None = None
+    """Directory of task files (YAML) of one's own, for ``tasks``. Python that they name is run."""
+    task_limit: int | None = Field(default=None, ge=1)
+    """Items of each task, its first ones; null = all."""
     attacks: str | None = None
     """Attacks on the prompts that must be refused, before and after: ``builtin``, or a YAML file of
     ``{attacks: [{name, template, source}]}`` whose templates hold ``{prompt}``; null = not attacked."""
@@ -51,4 +58,5 @@ class EvaluationConfig(Section):
     def files(self) -> tuple[str, ...]:
         """Keys that name a file."""
         own = () if self.attacks == BUILT_IN else ("attacks",)
-        return ("prompts", "retention_prompts", "must_comply", "must_refuse", *own)
+        prompts = ("prompts", "retention_prompts", "must_comply", "must_refuse")
+        return (*prompts, "task_files", *own)

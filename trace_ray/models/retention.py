@@ -49,7 +49,8 @@ def measuring(model: PeftModel, *, trained: bool) -> AbstractContextManager[None
 
 
 @contextmanager
-def _inference(model: PeftModel) -> Iterator[None]:
+def inference(model: PeftModel) -> Iterator[None]:
+    """Within the block ``model`` takes no gradients and drops nothing; bfloat16 matmuls where fast."""
     import torch
 
     model.eval()
@@ -72,7 +73,7 @@ def token_kls(
         batch_size: sequences per pass.
     """
     found: list[tuple[float, int]] = []
-    with _inference(model):
+    with inference(model):
         for start in range(0, len(exchanges), batch_size):
             batch = _padded(model, exchanges[start : start + batch_size])
             logits, at = response_logits(model, batch)
@@ -115,7 +116,7 @@ def blimp_outcomes(
     ]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][1]))
     scores = [0.0] * len(encoded)
-    with _inference(model), measuring(model, trained=trained):
+    with inference(model), measuring(model, trained=trained):
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             batch = _padded(model, [encoded[i] for i in part])

@@ -18,10 +18,12 @@ from trace_ray.config import ModelConfig
 from trace_ray.core.attacks import Wrapper
 from trace_ray.core.metrics import bootstrap_interval, share_interval
 from trace_ray.errors import ConfigError, TraceRayError
+from trace_ray.models.lm_tasks import TaskSuite
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.grading import (
     ANSWERS,
     ATTACKS,
+    LM_EVAL,
     Graded,
     Questions,
     answer_rows,
@@ -196,10 +198,10 @@ def _suites(inputs: Inputs, asked: Sequence[str], source: str) -> tuple[str, ...
             f"{source}: evaluation.must_refuse: names no file, and no prompt of evaluation.prompts "
             "is in the bins invert or punish"
         )
-    if not blimp_pairs(evaluation.blimp_pairs):
+    if not blimp_pairs(evaluation.blimp_pairs) and not inputs.tasks:
         lacking["capability"] = (
             "BLiMP isn't there: set TRACE_RAY_DATA to the folder of blimp_sample.jsonl.gz, and "
-            "evaluation.blimp_pairs above 0"
+            "evaluation.blimp_pairs above 0; or name evaluation.tasks"
         )
     if missing := [f"--suite {name}: {lacking[name]}" for name in asked if name in lacking]:
         raise ConfigError("\n".join(missing))
@@ -233,6 +235,7 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
         asked=asked.prompts,
         retention=inputs.retention if job.drifts else None,
         blimp_pairs=evaluation.blimp_pairs if "capability" in job.suites else 0,
+        tasks=inputs.tasks if "capability" in job.suites else TaskSuite(),
         max_new_tokens=evaluation.max_new_tokens,
         engine=job.model.engine,
         num_threads=job.model.resources.n_threads,
@@ -284,9 +287,21 @@ def _measures(job: EvaluationJob, graded: Graded, found: Measured, seed: int) ->
         "agreement": graded.agreement.to_row() | {"clauses": clauses} if graded.agreement else None,
         "asr": graded.rates.to_row() if graded.rates else None,
         "over_refusal": share(graded.refused),
-        "capability": {"blimp": share(found.capability[AFTER])} if found.capability else None,
+        "capability": _capability(found, seed),
         "drift": drift,
     }
+
+
+def _capability(found: Measured, seed: int) -> dict[str, Any] | None:
+    """Return each part of what capability is measured on, with its interval."""
+    parts = {
+        f"{LM_EVAL}{task}": bootstrap_interval(sides[AFTER], seed)
+        for task, sides in found.tasks.items()
+    }
+    if found.capability:
+        right = found.capability[AFTER]
+        parts["blimp"] = share_interval(sum(right), len(right))
+    return {name: part.to_row() for name, part in parts.items()} or None
 
 
 def evaluation_table(report: dict[str, Any]) -> Table:
@@ -326,8 +341,8 @@ def _lines(model: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [(f"  {name}", share(each)) for name, each in attacks["wrappers"].items()]
     if model["over_refusal"]:
         lines.append(("over-refusal", share(model["over_refusal"])))
-    if model["capability"]:
-        lines.append(("BLiMP", share(model["capability"]["blimp"])))
+    for name, each in (model["capability"] or {}).items():
+        lines.append(("BLiMP" if name == "blimp" else name.removeprefix(LM_EVAL), share(each)))
     if drift := model["drift"]:
         lines.append(("token KL, nats", f"{drift['kl']:.3f} from {drift['from']}"))
     return lines

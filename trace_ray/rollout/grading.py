@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from trace_ray.types import EvalPrompt, Interval, Prompt, Verdict
 MEASURES, ANSWERS, OUTCOMES = "measures.json", "answers.parquet", "outcomes.json"
 ATTACKS = "attacks.parquet"
 SIDES = (BEFORE, AFTER)
+LM_EVAL = "lm_eval_"
+"""How the measures of lm-evaluation-harness's tasks begin."""
 
 Ask = Callable[[Sequence[Exchange]], list[Verdict]]
 """Puts replies to the judge that measures."""
@@ -147,7 +149,7 @@ def write_measures(
 ) -> None:
     """Write ``measures.json``, ``answers.parquet``, ``outcomes.json``, and ``attacks.parquet`` if attacked.
 
-    The outcomes are the gate's, item by item: ``capability`` (BLiMP pairs ranked rightly),
+    The outcomes are the gate's, item by item: ``capability`` (BLiMP pairs ranked rightly, tasks' items),
     ``over_refusal`` (must-comply prompts refused) and ``asr`` (share of a prompt's attacks that got a
     violating reply) before and after, ``drift`` (token KL in nats, one per unrelated prompt); null
     where there was nothing to measure on.
@@ -158,12 +160,18 @@ def write_measures(
     refused = {BEFORE: before.refused, AFTER: after.refused}
     pairs = paired_shares(asked.attacked, before.attacks, after.attacks)
     outcomes = {
-        "capability": measured.capability or None,
+        "capability": _capability(measured),
         "over_refusal": refused if before.refused else None,
         "asr": dict(zip(SIDES, pairs, strict=True)) if pairs[0] else None,
         "drift": [kl for kl, _ in measured.drift] or None,
     }
-    blimp = {f"blimp_{side}": share for side, share in shares(measured.capability).items()}
+    named = {"blimp": measured.capability}
+    named |= {f"{LM_EVAL}{task}": found for task, found in measured.tasks.items()}
+    kept = {
+        f"{name}_{side}": share
+        for name, found in named.items()
+        for side, share in shares(found).items()
+    }
     distinct = {
         f"distinct2_{side}": each.distinct2
         for side, each in ((BEFORE, before.agreement), (AFTER, after.agreement))
@@ -182,8 +190,16 @@ def write_measures(
             "gain": paired_difference_interval(*passed, seed).to_row(),
             "over_refusal": shares(refused),
             "asr": _asr_row(before.rates, after.rates, pairs, seed),
-            "retention": {"kl": measured.kl} | blimp | distinct,
+            "retention": {"kl": measured.kl} | kept | distinct,
         },
+    )
+
+
+def _capability(measured: Measured) -> dict[str, list[float]] | None:
+    """Return all that capability is measured on, by side."""
+    groups = [*filter(None, (measured.capability,)), *measured.tasks.values()]
+    return (
+        {side: [x for group in groups for x in group[side]] for side in SIDES} if groups else None
     )
 
 
@@ -242,3 +258,13 @@ def _asr_row(
 def read_measures(folder: Path) -> dict[str, Any]:
     """Return what ``write_measures`` wrote."""
     return json.loads((folder / MEASURES).read_text())
+
+
+def task_means(kept: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return (task, mean before, mean after) of each lm-evaluation-harness task in ``retention``."""
+    end = f"_{BEFORE}"
+    names = [key.removesuffix(end) for key in kept if key.startswith(LM_EVAL) and key.endswith(end)]
+    return [
+        (name.removeprefix(LM_EVAL), kept[f"{name}_{BEFORE}"], kept[f"{name}_{AFTER}"])
+        for name in names
+    ]

@@ -19,6 +19,7 @@ from trace_ray.core.checks import violated_clauses
 from trace_ray.core.policy import Policy
 from trace_ray.errors import DataError
 from trace_ray.rollout import charts
+from trace_ray.rollout.grading import task_means
 from trace_ray.rollout.plan import load_policy, open_registry
 from trace_ray.rollout.report import REPORT, TRIAGED
 from trace_ray.rollout.second_judge import warning
@@ -83,6 +84,7 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) ->
     }
     is_policy = policy.digest == report["policy"]["digest"]
     view = {
+        "task_means": task_means,
         "judges": None,  # a report of an earlier version has none
         **report,
         "judges_warning": warning(report.get("judges")),

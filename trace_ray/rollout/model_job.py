@@ -28,6 +28,9 @@ _NOT_MEASURED = {
     "judge",
     "judge_agreement",
     "near_duplicate",
+    "tasks",
+    "task_files",
+    "task_limit",
 }
 """Of the evaluation section: what counts by its content, and what measuring doesn't read."""
 
@@ -130,4 +133,6 @@ def measuring_key(
     if wrappers:
         key["attacks"] = [wrapper.to_row() for wrapper in wrappers]
         key["must_refuse"] = digest(inputs.must_refuse)
+    if inputs.tasks:
+        key["tasks"] = inputs.tasks.digest()
     return key

@@ -24,6 +24,7 @@ from trace_ray.data.sources import (
     read_prompts,
 )
 from trace_ray.errors import ConfigError
+from trace_ray.models.lm_tasks import TaskSuite
 from trace_ray.models.references import remembered_digest
 from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.runtime.store import Store
@@ -43,6 +44,8 @@ class Inputs:
     prompts: list[EvalPrompt]
     retention: list[Prompt]
     must_comply: list[Prompt]
+    tasks: TaskSuite
+    """Of lm-evaluation-harness."""
     must_refuse: list[Prompt]
     """What attacks are made on."""
     attacks: list[Wrapper]
@@ -92,13 +95,14 @@ def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
     must_comply = evaluation.must_comply if evaluation else None
     digest = data_digest(config, locate(config.data.source)) if data else ""
     prompts = read_eval_prompts(Path(evaluation.prompts)) if evaluation else []
+    tasks = _tasks(evaluation)
     inputs = {
         "config": config.model_dump(mode="json", exclude=NOT_ASKED, by_alias=True),
         "policy": policy.digest,
         "data": digest,
         "labels": [row.to_row() for row in labels],
         "version": __version__,
-    }
+    } | ({"tasks": tasks.digest()} if tasks else {})
     return Inputs(
         config=config,
         policy=policy,
@@ -106,6 +110,7 @@ def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
         prompts=prompts,
         retention=read_prompts(Path(retention)) if retention else [],
         must_comply=read_prompts(Path(must_comply)) if must_comply else [],
+        tasks=tasks,
         must_refuse=_must_refuse(evaluation, prompts),
         attacks=_attacks(evaluation, config_path),
         gold=read_gold(Path(config.data.gold)) if config.data.gold else {},
@@ -113,6 +118,14 @@ def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
         run_id=f"{policy.id}-{policy.version}-{content_digest(inputs)[:8]}",
         store=Store(config.storage),
     )
+
+
+def _tasks(evaluation: EvaluationConfig | None) -> TaskSuite:
+    if evaluation is None or not evaluation.tasks:
+        return TaskSuite()
+    suite = TaskSuite(tuple(evaluation.tasks), evaluation.task_files, evaluation.task_limit)
+    suite.check()
+    return suite
 
 
 def chosen_models(inputs: Inputs, only: Sequence[str], config_path: str) -> list[ModelConfig]:

@@ -215,6 +215,7 @@ def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
         asked=asked.prompts,
         retention=inputs.retention,
         blimp_pairs=evaluation.blimp_pairs,
+        tasks=inputs.tasks,
         max_new_tokens=evaluation.max_new_tokens,
         engine=job.model.engine,
         num_threads=job.model.resources.n_threads,

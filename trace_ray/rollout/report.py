@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.errors import RegistryError
 from trace_ray.rollout.gate import gate_row
+from trace_ray.rollout.grading import task_means
 from trace_ray.runtime.score import SCORES_FILE
 from trace_ray.runtime.store import stream_rows, write_json, write_rows, write_tables
 
@@ -322,6 +323,7 @@ def _cells(model: dict[str, Any]) -> list[str]:
     blimp = "-"
     if kept["blimp_before"] is not None:
         blimp = f"{100 * kept['blimp_before']:.1f} -> {100 * kept['blimp_after']:.1f}"
+    blimp = "\n".join([blimp, *(f"{task} {b:.3f} -> {a:.3f}" for task, b, a in task_means(kept))])
     return [
         share(model["tpa_before"]),
         share(model["tpa_after"]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trace_ray.config import EngineConfig
+from trace_ray.models.lm_tasks import TaskSuite
 from trace_ray.types import Message, Prompt
 
 BEFORE, AFTER = "before", "after"
@@ -27,6 +28,8 @@ class MeasureJob:
     """Unrelated prompts for the drift; [] = the built-in ones, None = not measured."""
     blimp_pairs: int
     """For the capability; 0 = not measured."""
+    tasks: TaskSuite
+    """For the capability too; without names none."""
     max_new_tokens: int
     engine: EngineConfig
     num_threads: int
@@ -41,6 +44,8 @@ class Measured:
     """Side -> a reply to each prompt of ``asked``."""
     capability: dict[str, list[bool]] = field(default_factory=dict)
     """Side -> whether each BLiMP pair is ranked rightly; empty where not measured."""
+    tasks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Task -> side -> each item's metric."""
     drift: list[tuple[float, int]] = field(default_factory=list)
     """Per unrelated prompt, KL(before || after) in nats per token of its reply, and its tokens."""
 
@@ -57,8 +62,7 @@ def measure(job: MeasureJob, progress: Callable[[str], None]) -> Measured:
     progress("answering")
     replies, unrelated = _answers(job, retention or [])
     progress("retention")
-    capability, drift = _retention(job, retention or [], unrelated)
-    return Measured(replies, capability, drift)
+    return Measured(replies, *_retention(job, retention or [], unrelated))
 
 
 def _built_in_retention() -> list[Prompt]:
@@ -102,8 +106,8 @@ def _answers(
 
 def _retention(
     job: MeasureJob, prompts: Sequence[Prompt], replies: Sequence[str]
-) -> tuple[dict[str, list[bool]], list[tuple[float, int]]]:
-    """Return capability by side, and the drift of each unrelated prompt."""
+) -> tuple[dict[str, list[bool]], dict[str, dict[str, list[float]]], list[tuple[float, int]]]:
+    """Return BLiMP by side, the tasks' items by task and side, and the drift of each unrelated prompt."""
     import torch
 
     from trace_ray.models import retention
@@ -111,8 +115,8 @@ def _retention(
     from trace_ray.models.families import load_tokenizer
 
     pairs = retention.blimp_pairs(job.blimp_pairs)
-    if not pairs and not prompts:
-        return {}, []
+    if not (pairs or prompts or job.tasks):
+        return {}, {}, []
     torch.set_num_threads(job.num_threads)
     tokenizer = load_tokenizer(job.base)
     model = _load(job)
@@ -127,7 +131,11 @@ def _retention(
         for side in job.sides
         if pairs
     }
-    return capability, drift
+    tasks: dict[str, dict[str, list[float]]] = {}
+    for side in job.sides if job.tasks else ():
+        for task, items in job.tasks.outcomes(model, tokenizer, trained=side == AFTER).items():
+            tasks.setdefault(task, {})[side] = items
+    return capability, tasks, drift
 
 
 def _load(job: MeasureJob) -> Any:
@@ -143,7 +151,7 @@ def _load(job: MeasureJob) -> Any:
     return load_measured_model(job.base, job.before, job.after)
 
 
-def shares(outcomes: Mapping[str, Sequence[bool]]) -> dict[str, float | None]:
-    """Return the share of true outcomes before and after; None where there are none."""
+def shares(outcomes: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """Return the mean outcome (of booleans the share of true ones) before and after; None without any."""
     sides = {side: outcomes.get(side, ()) for side in (BEFORE, AFTER)}
     return {side: sum(each) / len(each) if each else None for side, each in sides.items()}

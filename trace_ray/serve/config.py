@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from trace_ray.config import EngineConfig, Section, validation_problems
-from trace_ray.config.judge import TierName
+from trace_ray.config.judge import JudgeConfig, TierName
 from trace_ray.config.serve import ComplianceSettings, Limits, Records, Replicas
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, problems
@@ -44,7 +44,10 @@ class ServedJudge(Section):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Of the adapter; checked before it is loaded."""
     threshold: float = 0.5
-    """Violates at p_violate >= threshold. There is no abstain band: nobody waits for a person."""
+    """Violates at p_violate >= threshold."""
+    band: tuple[float, float] | None = None
+    """Between them the next judge of ``escalation`` is asked; the last one's threshold decides: nobody
+    waits for a person."""
     granularity: Literal["policy", "clause"] = "policy"
     """As it was fitted: one question a reply, or one per clause that applies."""
     tiers: dict[TierName, int] = Field(default_factory=dict)
@@ -57,6 +60,22 @@ class ServedJudge(Section):
         return self
 
 
+class RemoteJudge(Section):
+    """A judge that no engine of ours runs: a stronger one, asked where the others are not sure."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]*$")
+    config: JudgeConfig
+    """Of kind ``openai`` (or ``scripted``)."""
+    threshold: float = 0.5
+    """Violates at p_violate >= threshold."""
+
+    @model_validator(mode="after")
+    def _runs_elsewhere(self) -> RemoteJudge:
+        if self.config.kind not in ("openai", "scripted"):
+            raise ValueError(f"kind {self.config.kind!r} runs in no other place: use kind openai")
+        return self
+
+
 class Compliance(ComplianceSettings):
     """What a served model's replies must keep to, and who says so."""
 
@@ -65,7 +84,9 @@ class Compliance(ComplianceSettings):
     shadow_policy: str | None = None
     """Another policy file: judged beside the enforced one; its verdicts only count."""
     judge: ServedJudge | None = None
-    """Asked where the clauses' checks don't settle it; null = the checks alone."""
+    """Asked where the clauses' checks don't settle it; null = the checks, and ``escalation``."""
+    escalation: list[RemoteJudge] = Field(default_factory=list)
+    """Asked in turn where ``judge`` is not sure, or can't judge."""
 
 
 class ServedModel(Section):
@@ -178,6 +199,7 @@ class ComplianceTable(Section):
     policy: dict[str, Any]
     shadow_policy: dict[str, Any] | None = None
     judge: ServedJudge | None = None
+    escalation: list[RemoteJudge] = Field(default_factory=list)
 
 
 def compliance_table(compliance: Compliance) -> ComplianceTable:
@@ -187,7 +209,7 @@ def compliance_table(compliance: Compliance) -> ComplianceTable:
         ConfigError: a policy file; or no clause has checks and there is no judge.
     """
     policy = load_policy(compliance.policy)
-    if compliance.judge is None and not policy.rules.checked:
+    if compliance.judge is None and not compliance.escalation and not policy.rules.checked:
         raise ConfigError(
             f"{compliance.policy}: no clause has checks: nothing can be judged without a judge"
         )
@@ -200,6 +222,7 @@ def compliance_table(compliance: Compliance) -> ComplianceTable:
         policy=_content(policy),
         shadow_policy=_content(load_policy(shadow)) if shadow else None,
         judge=judge,
+        escalation=compliance.escalation,
     )
 
 

@@ -20,6 +20,7 @@ from trace_ray.runtime.store import Store
 from trace_ray.serve.config import (
     Compliance,
     Follow,
+    RemoteJudge,
     ServeConfig,
     ServedAdapter,
     ServedJudge,
@@ -70,33 +71,53 @@ def serve_config(path: str) -> ServeConfig:
 
 
 def _compliance(path: str, config: FleetConfig) -> Compliance | None:
-    """Return the fleet's policy and, where a model of ours judges, that judge as it was fitted.
+    """Return the fleet's policy and its judge, as it was fitted.
 
     Raises:
         ConfigError: the judge of the config can't be served.
     """
     if config.serve.compliance is None:
         return None
-    judge = None
+    judge, escalation = None, list[RemoteJudge]()
     if config.judge is not None and config.judge.kind != "rules":
-        judge = _served_judge(open_judge(read_inputs(path)))
+        judge, escalation = _judges(open_judge(read_inputs(path)))
     return Compliance(
         **config.serve.compliance.model_dump(),
         policy=config.policy,
         shadow_policy=config.serve.shadow_policy,
         judge=judge,
+        escalation=escalation,
     )
 
 
-def _served_judge(spec: JudgeSpec) -> ServedJudge | None:
-    """Return the judge, or the member of a cascade, that is a model in an engine of ours."""
-    if spec.kind == "cascade":
-        members = [member for member in spec.members if member.kind == "vllm"]
-        return _served_judge(members[0]) if members else None
-    if spec.kind == "rules":
-        return None
-    if spec.kind != "vllm":
-        raise ConfigError(f"judge kind {spec.kind} can't judge what is served: use vllm or rules")
+def _judges(spec: JudgeSpec) -> tuple[ServedJudge | None, list[RemoteJudge]]:
+    """Return the judge's part in an engine of ours and those it escalates to, in order.
+
+    Raises:
+        ConfigError: it can't be put before single replies as they come.
+    """
+    members = spec.members if spec.kind == "cascade" else (spec,)
+    engine, remote = None, list[RemoteJudge]()
+    for member in members:
+        if member.kind == "vllm":
+            if remote:
+                raise ConfigError(
+                    "judge.judges: an endpoint before the member of kind vllm can't be served; "
+                    "list the cheapest first"
+                )
+            engine = _served_judge(member)
+        elif member.kind in ("openai", "scripted"):
+            own = {"id": member.judge_id, "config": member.config, "threshold": member.threshold}
+            remote.append(RemoteJudge.model_validate(own))
+        elif member.kind != "rules":
+            raise ConfigError(
+                f"judge kind {member.kind} can't judge what is served: use vllm, openai, rules or a "
+                "cascade of them"
+            )
+    return engine, remote
+
+
+def _served_judge(spec: JudgeSpec) -> ServedJudge:
     adapter = spec.adapter_dir
     return ServedJudge(
         id=spec.judge_id,
@@ -104,6 +125,7 @@ def _served_judge(spec: JudgeSpec) -> ServedJudge | None:
         path=adapter,
         sha256=adapter_sha256(Path(adapter)) if adapter else None,
         threshold=spec.threshold,
+        band=spec.band,
         granularity=spec.config.granularity,
         tiers=spec.config.tiers,
     )

@@ -1,0 +1,147 @@
+"""Capability on tasks of lm-evaluation-harness, item by item, with the model that is already loaded.
+
+Left out: tasks that are measured as a whole (perplexities, corpus BLEU): what a gate compares has to be
+paired.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ray.errors import DataError
+from trace_ray.models.retention import inference, measuring
+from trace_ray.types import content_digest
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from peft import PeftModel
+
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSuite:
+    """Which tasks are measured; false without any."""
+
+    names: tuple[str, ...] = ()
+    """Tasks, groups or tags."""
+    folder: str | None = None
+    """With task files of one's own."""
+    limit: int | None = None
+    """Items of each task, its first ones; None = all."""
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def digest(self) -> str:
+        """Content id: names, limit, the folder's files, and the harness's version."""
+        from importlib.metadata import version
+
+        files = sorted(Path(self.folder).rglob("*")) if self.folder else []
+        texts = [
+            [str(path.relative_to(str(self.folder))), path.read_bytes().hex()]
+            for path in files
+            if path.is_file() and "__pycache__" not in path.parts
+        ]
+        return content_digest([self.names, self.limit, texts, version("lm_eval")])
+
+    def check(self) -> None:
+        """Look the tasks up.
+
+        Raises:
+            DataError: there is no such task, or the harness isn't installed.
+        """
+        known = _manager(self.names, self.folder).match_tasks(list(self.names))
+        if missing := [name for name in self.names if name not in known]:
+            where = f" nor a file in {self.folder}" if self.folder else ""
+            raise DataError(
+                f"evaluation.tasks: lm-evaluation-harness has no task {', '.join(missing)}{where}; "
+                "'lm-eval ls tasks' lists them"
+            )
+
+    def outcomes(
+        self, model: PeftModel, tokenizer: Any, *, trained: bool
+    ) -> dict[str, list[float]]:
+        """Return per task (groups taken apart) each item's first metric, more is better.
+
+        Args:
+            model: the realigned adapter as ``default``, the deployed one as ``ref`` or the base.
+            tokenizer: the base's.
+            trained: whether the realigned model is measured, or the deployed one.
+
+        Raises:
+            DataError: a task whose data isn't there, or that has no metric per item.
+        """
+        import lm_eval
+        from lm_eval.models import huggingface
+
+        # Decorators of the harness hide both signatures from a type checker.
+        evaluate: Any = lm_eval.simple_evaluate
+        wrapped: Any = huggingface.HFLM
+        try:
+            with inference(model), measuring(model, trained=trained):
+                found = evaluate(
+                    model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_SIZE),
+                    tasks=list(self.names),
+                    task_manager=_manager(self.names, self.folder),
+                    limit=self.limit,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                )
+        except Exception as error:  # whatever a task file or its data set does
+            raise DataError(
+                f"evaluation.tasks: {', '.join(self.names)}: {type(error).__name__}: {error}"
+            ) from error
+        better = found["higher_is_better"]
+        return {
+            task: _items(task, samples, better.get(task) or {})
+            for task, samples in found["samples"].items()
+        }
+
+
+@functools.cache
+def _manager(names: tuple[str, ...], folder: str | None) -> TaskManager:
+    """Return the folder's tasks, and the harness's own only where one of them is asked for.
+
+    Reading the thousands of those takes a while.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DataError(
+            f"evaluation.tasks: needs lm-evaluation-harness (pip install lm_eval): {error}"
+        ) from None
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(own.match_tasks(list(names))):
+            return own
+    return TaskManager(include_path=folder)
+
+
+def _items(task: str, samples: Sequence[dict[str, Any]], better: dict[str, bool]) -> list[float]:
+    """Return the first metric, under the first filter, of each item in the order of the items."""
+    first = samples[0]
+    metric, filter_ = first["metrics"][0], first["filter"]
+    kept = sorted(
+        (sample for sample in samples if sample["filter"] == filter_),
+        key=lambda sample: sample["doc_id"],
+    )
+    values = [sample.get(metric) for sample in kept]
+    if better.get(metric) is False or not all(map(_is_number, values)):
+        raise DataError(
+            f"evaluation.tasks: {task}: its metric {metric} is no number per item of which more is "
+            "better; choose a task with acc, exact_match or the like"
+        )
+    return [float(value) for value in values if value is not None]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
