@@ -101,6 +101,7 @@ def test_a_cascade_is_served_as_far_as_it_can_be():
     assert engine is not None
     assert (engine.id, engine.band, engine.threshold) == ("vllm@1", (0.2, 0.8), 0.4)
     assert [(each.id, each.threshold) for each in remote] == [("openai@1", 0.4)]
+    assert [RemoteJudge.model_validate(each.model_dump(mode="json")) for each in remote] == remote
     engine, remote = _judges(spec("openai"))
     assert (engine, [each.id for each in remote]) == (None, ["openai@1"])
     with pytest.raises(ConfigError, match="quorum can't judge what is served"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_serializer, model_validator
 
 from trace_ray.config import EngineConfig, Section, validation_problems
 from trace_ray.config.judge import JudgeConfig, TierName
@@ -74,6 +74,11 @@ class RemoteJudge(Section):
         if self.config.kind not in ("openai", "scripted"):
             raise ValueError(f"kind {self.config.kind!r} runs in no other place: use kind openai")
         return self
+
+    @field_serializer("config")
+    def _only_its_own_keys(self, config: JudgeConfig) -> dict[str, Any]:
+        """A judge section refuses keys of other kinds, their defaults too."""
+        return config.model_dump(mode="json", exclude_defaults=True)
 
 
 class Compliance(ComplianceSettings):
