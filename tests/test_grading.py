@@ -15,6 +15,7 @@ from trace_ray.rollout.grading import (
     OUTCOMES,
     Questions,
     grade,
+    task_means,
     write_measures,
 )
 from trace_ray.rollout.second_judge import agreement_line, sample, shared, warning
@@ -79,15 +80,19 @@ def test_replies_fall_into_their_places():
 
 def test_what_is_written_is_what_the_gate_reads(tmp_path):
     replies = {BEFORE: BAD, AFTER: GOOD}
-    measured = Measured(replies, {BEFORE: [True], AFTER: [False]}, [(0.5, 1), (0.1, 3)])
+    tasks = {"evenness": {BEFORE: [1.0, 0.0], AFTER: [0.5, 0.0]}}
+    blimp = {BEFORE: [True], AFTER: [False]}
+    measured = Measured(replies, blimp, tasks, [(0.5, 1), (0.1, 3)])
     write_measures(tmp_path, POLICY, ASKED, measured, rules, 0)
     found = json.loads((tmp_path / MEASURES).read_text())
     assert found["asked"] == 9
     assert found["retention"]["kl"] == pytest.approx(0.2)
     assert (found["retention"]["blimp_before"], found["retention"]["blimp_after"]) == (1, 0)
+    assert task_means(found["retention"]) == [("evenness", 0.5, 0.25)]
     assert found["over_refusal"] == {"before": 1, "after": 0}
     assert found["asr"]["difference"]["value"] == -0.5
     outcomes = json.loads((tmp_path / OUTCOMES).read_text())
+    assert outcomes["capability"] == {"before": [1, 1, 0], "after": [0, 0.5, 0]}
     assert outcomes["asr"] == {"before": [1.0, 0.5], "after": [0.5, 0.0]}
     rows = read_rows(tmp_path / ANSWERS)
     assert [row["before_label"] for row in rows] == ["violates", "violates"]
