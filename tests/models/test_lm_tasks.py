@@ -1,5 +1,7 @@
 """Capability on tasks of lm-evaluation-harness: items in pairs, and tasks that can't be compared."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from trace_ray.errors import DataError
@@ -8,6 +10,7 @@ from trace_ray.models.lm_tasks import TaskSuite
 from trace_ray.models.policy_model import load_measured_model
 from trace_ray.testing import tiny_adapter, tiny_model, tiny_task
 
+LETTERS = {"task": "letters", "doc_to_choice": '{{[question[3], "e"]}}'}
 COPIED = {
     "task": "copied",
     "output_type": "generate_until",
@@ -29,7 +32,7 @@ PERPLEXITY = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     at = tmp_path_factory.mktemp("tasks")
-    for more in ({}, COPIED, PERPLEXITY):
+    for more in ({}, LETTERS, COPIED, PERPLEXITY):
         tiny_task(at, **more)
     missing = {"test": str(at / "gone.jsonl")}
     tiny_task(at, task="gone", dataset_kwargs={"data_files": missing})
@@ -44,33 +47,33 @@ def model(tmp_path_factory):
     return load_measured_model(base, None, str(adapter)), load_tokenizer(base)
 
 
-def test_each_side_has_every_item_in_order(folder, model):
-    """Expected: the likelier of two answers, from the model's own log-probabilities."""
+def _logp(model, tokenizer, start, end):
+    """log p(end | start) by a plain forward pass."""
     import torch
 
+    prompt = tokenizer.encode(start)
+    ids = prompt + tokenizer.encode(end, add_special_tokens=False)
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return sum(logps[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
+
+
+def test_each_side_has_every_item_in_order(folder, model):
+    """Expected: whether the right one of two answers is the likelier, on models on which it differs."""
     peft, tokenizer = model
-    suite = TaskSuite(("evenness", "copied"), str(folder), limit=10)
+    suite = TaskSuite(("letters", "copied"), str(folder), limit=10)
     suite.check()
-    for trained in (False, True):
-        found = suite.outcomes(peft, tokenizer, trained=trained)
-        assert [len(found[task]) for task in ("evenness", "copied")] == [10, 10]
+    found = {side: suite.outcomes(peft, tokenizer, trained=side) for side in (False, True)}
+    assert found[False]["letters"] != found[True]["letters"]
+    for side, items in found.items():
+        assert [len(items[task]) for task in ("letters", "copied")] == [10, 10]
         expected = []
-        for i in range(10):
-            scores = []
-            for choice in (" yes", " no"):
-                start = tokenizer.encode(f"Q: Is {i} even?\nA:")
-                ids = start + tokenizer.encode(choice, add_special_tokens=False)
-                with torch.no_grad():
-                    run = peft if trained else peft.get_base_model()
-                    if trained:
-                        logits = run(torch.tensor([ids])).logits
-                    else:
-                        with peft.disable_adapter():
-                            logits = peft(torch.tensor([ids])).logits
-                logps = logits[0].float().log_softmax(-1)
-                scores.append(sum(logps[t - 1, ids[t]].item() for t in range(len(start), len(ids))))
-            expected.append(float((scores[1] > scores[0]) == i % 2))
-        assert found["evenness"] == expected
+        with nullcontext() if side else peft.disable_adapter():
+            for i in range(10):
+                start = f"Q: Is {i} even?\nA:"
+                zero, one = (_logp(peft, tokenizer, start, f" {end}") for end in (i, "e"))
+                expected.append(float((one > zero) == i % 2))
+        assert items["letters"] == expected
 
 
 def test_what_no_gate_can_compare_is_refused(folder, model):
@@ -82,12 +85,13 @@ def test_what_no_gate_can_compare_is_refused(folder, model):
         TaskSuite(("evenness", "elsewhere"), str(folder)).check()
 
 
-def test_the_digest_is_of_what_is_measured(tmp_path):
+def test_the_digest_is_of_what_is_measured(tmp_path, tmp_path_factory):
     tiny_task(tmp_path)
     suite = TaskSuite(("evenness",), str(tmp_path))
-    before = suite.digest()
-    assert before == TaskSuite(("evenness",), str(tmp_path)).digest()
-    assert before != TaskSuite(("evenness",), str(tmp_path), limit=3).digest()
+    cache = tmp_path_factory.mktemp("cache")
+    before = suite.digest(cache)
+    assert before == TaskSuite(("evenness",), str(tmp_path)).digest(cache)
+    assert before != TaskSuite(("evenness",), str(tmp_path), limit=3).digest(cache)
     tiny_task(tmp_path, items=13)
-    assert before != suite.digest()
+    assert before != suite.digest(cache)
     assert not TaskSuite()

@@ -20,7 +20,7 @@ KIND = {"id": "p", "version": "1", "clauses": [{"id": "c", "text": "Be kind."}]}
 
 
 def _police(escalation, band=(0.2, 0.8), answer=0.5, **settings):
-    """A policed model whose engine's judge always gives ``answer``; it and what it was asked."""
+    """A policed model whose engine's judge always gives ``answer``."""
     judge = ServedJudge(id="small", base="b", band=band)
     table = ComplianceTable(
         settings=ComplianceSettings(**settings),

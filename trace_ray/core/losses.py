@@ -230,8 +230,7 @@ def hybrid(
         alpha_kl: weight of the KL term, >= 0.
         loss: l_pref.
         rpo_alpha: weight of the NLL of the preferred response, >= 0.
-        retain_preference: weight of the preference that RETAIN rows keep, >= 0; they need both
-            responses then.
+        retain_preference: weight of RETAIN rows' preference, >= 0; above 0 they need both responses.
 
     Returns:
         The loss is attached to the graph of its inputs even where a category has no row.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ray.errors import DataError
+from trace_ray.models.references import remembered_digest
 from trace_ray.models.retention import inference, measuring
 from trace_ray.types import content_digest
 
@@ -38,17 +39,14 @@ class TaskSuite:
     def __bool__(self) -> bool:
         return bool(self.names)
 
-    def digest(self) -> str:
-        """Content id: names, limit, the folder's files, and the harness's version."""
+    def digest(self, cache: Path) -> str:
+        """Content id: names, limit, the folder's files (in ``cache`` by size and time), the harness."""
         from importlib.metadata import version
 
-        files = sorted(Path(self.folder).rglob("*")) if self.folder else []
-        texts = [
-            [str(path.relative_to(str(self.folder))), path.read_bytes().hex()]
-            for path in files
-            if path.is_file() and "__pycache__" not in path.parts
-        ]
-        return content_digest([self.names, self.limit, texts, version("lm_eval")])
+        found = sorted(Path(self.folder).rglob("*")) if self.folder else []
+        files = [at for at in found if at.is_file() and "__pycache__" not in at.parts]
+        content = remembered_digest(files, cache)
+        return content_digest([self.names, self.limit, content, version("lm_eval")])
 
     def check(self) -> None:
         """Look the tasks up.
@@ -131,13 +129,13 @@ def _items(task: str, samples: Sequence[dict[str, Any]], better: dict[str, bool]
         (sample for sample in samples if sample["filter"] == filter_),
         key=lambda sample: sample["doc_id"],
     )
-    values = [sample.get(metric) for sample in kept]
+    values: list[Any] = [sample.get(metric) for sample in kept]
     if better.get(metric) is False or not all(map(_is_number, values)):
         raise DataError(
             f"evaluation.tasks: {task}: its metric {metric} is no number per item of which more is "
             "better; choose a task with acc, exact_match or the like"
         )
-    return [float(value) for value in values if value is not None]
+    return [float(value) for value in values]
 
 
 def _is_number(value: Any) -> bool:

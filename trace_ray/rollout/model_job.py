@@ -134,5 +134,5 @@ def measuring_key(
         key["attacks"] = [wrapper.to_row() for wrapper in wrappers]
         key["must_refuse"] = digest(inputs.must_refuse)
     if inputs.tasks:
-        key["tasks"] = inputs.tasks.digest()
+        key["tasks"] = inputs.tasks.digest(inputs.store.models)
     return key

@@ -95,14 +95,14 @@ def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
     must_comply = evaluation.must_comply if evaluation else None
     digest = data_digest(config, locate(config.data.source)) if data else ""
     prompts = read_eval_prompts(Path(evaluation.prompts)) if evaluation else []
-    tasks = _tasks(evaluation)
+    tasks, store = _tasks(evaluation), Store(config.storage)
     inputs = {
         "config": config.model_dump(mode="json", exclude=NOT_ASKED, by_alias=True),
         "policy": policy.digest,
         "data": digest,
         "labels": [row.to_row() for row in labels],
         "version": __version__,
-    } | ({"tasks": tasks.digest()} if tasks else {})
+    } | ({"tasks": tasks.digest(store.models)} if tasks else {})
     return Inputs(
         config=config,
         policy=policy,
@@ -116,7 +116,7 @@ def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
         gold=read_gold(Path(config.data.gold)) if config.data.gold else {},
         data_digest=digest,
         run_id=f"{policy.id}-{policy.version}-{content_digest(inputs)[:8]}",
-        store=Store(config.storage),
+        store=store,
     )
 
 

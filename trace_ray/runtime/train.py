@@ -134,16 +134,10 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
         job.config,
         training_arguments(job.config, work, use_cpu=use_cpu),
         pack=can_pack(model.config, job.config.max_length),
-        callbacks=[
-            *(
-                [StepCallback(lambda done, total: reporter("train", done, total))]
-                if is_first
-                else []
-            ),
-            _report_callback(is_first),
-            SmallGradientStop(job.config.min_grad_norm),
-        ],
+        callbacks=[_report_callback(is_first), SmallGradientStop(job.config.min_grad_norm)],
     )
+    if is_first:
+        trainer.add_callback(StepCallback(lambda done, total: reporter("train", done, total)))
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         trainer.train()
