@@ -21,7 +21,13 @@ from trace_ray.commands import (
     rollout,
     verdicts,
 )
-from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal
+from trace_ray.commands.wiring import (
+    ConfigPath,
+    asking,
+    exits_cleanly,
+    storage_of,
+    terminal,
+)
 from trace_ray.errors import ConfigError, StoppedError
 
 app = typer.Typer(
@@ -53,7 +59,7 @@ def run_apply(config: str, only: Sequence[str] = (), *, force_unlock: bool = Fal
     from trace_ray.rollout.second_judge import agreement_line, warning
 
     try:
-        with announced(config, "apply") as told:
+        with storage_of(config), announced(config, "apply") as told:
             report = apply(config, only, force_unlock=force_unlock)
             told |= outline(report)
     except StoppedError as stopped:

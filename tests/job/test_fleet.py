@@ -14,6 +14,7 @@ from small_fleet import ROOT, command, here, make_fleet, policy, report_of, trac
 
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.fleet_journal import FleetState
+from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.testing import tiny_model
 
 SLOW = {"kind": "scripted", "script": [{"contains": "the", "p_violate": 0.9}], "delay_s": 3}
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def state_of(folder):
-    return FleetState(folder / "storage" / "state" / "trace")
+    return FleetState(FolderFiles(folder / "storage" / "state" / "trace"))
 
 
 def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):

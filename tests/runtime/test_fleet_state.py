@@ -16,13 +16,15 @@ from trace_ray.runtime import fleet_lock
 from trace_ray.runtime.fleet_journal import JOURNAL, FleetState, Journal
 from trace_ray.runtime.fleet_lock import FleetLock, Holder
 from trace_ray.runtime.progress import FLEET, Event, Line
+from trace_ray.runtime.state_files import FolderFiles
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from trace_ray.rollout.status import status_view
 from trace_ray.runtime.fleet_lock import FleetLock
-FleetLock(Path(sys.argv[1])).acquire()
+from trace_ray.runtime.state_files import FolderFiles
+FleetLock(FolderFiles(Path(sys.argv[1]))).acquire()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -42,21 +44,21 @@ def other(tmp_path):
 
 def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path, other):
     with pytest.raises(StateError, match=rf"process {other.pid}, since .*--force-unlock"):
-        FleetLock(tmp_path).acquire()
+        FleetLock(FolderFiles(tmp_path)).acquire()
 
 
 def test_a_holder_that_died_is_followed_with_a_note(tmp_path, other):
     other.kill()
     other.wait()
-    lock = FleetLock(tmp_path)
+    lock = FleetLock(FolderFiles(tmp_path))
     assert f"process {other.pid}" in (lock.acquire() or "")
     assert lock.is_mine()
     lock.release()
-    assert FleetLock(tmp_path).acquire() is None
+    assert FleetLock(FolderFiles(tmp_path)).acquire() is None
 
 
 def test_force_takes_it_from_one_that_lives_who_then_knows(tmp_path):
-    first, second = FleetLock(tmp_path), FleetLock(tmp_path)
+    first, second = FleetLock(FolderFiles(tmp_path)), FleetLock(FolderFiles(tmp_path))
     first.acquire()
     assert "--force-unlock" in (second.acquire(force=True) or "")
     assert not first.is_mine()
@@ -75,15 +77,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_a_holder_on_another_host_that_shows_life_is_refused(tmp_path, elsewhere, monkeypatch):
     monkeypatch.setattr(fleet_lock, "BEAT_S", 0.1)
-    theirs = FleetLock(tmp_path)
+    theirs = FleetLock(FolderFiles(tmp_path))
     theirs.mine = elsewhere
     with theirs.beating(), pytest.raises(StateError, match="node-7"):
-        FleetLock(tmp_path).acquire()
+        FleetLock(FolderFiles(tmp_path)).acquire()
 
 
 def test_a_holder_on_another_host_that_is_silent_is_followed(tmp_path, elsewhere):
     assert not elsewhere.is_gone
-    lock = FleetLock(tmp_path)
+    lock = FleetLock(FolderFiles(tmp_path))
     assert "node-7, process" in (lock.acquire() or "")
     assert lock.is_mine()
 
@@ -97,7 +99,7 @@ def test_a_process_number_used_again_is_not_the_holder(tmp_path):
 
 
 def test_the_journal_follows_the_board_and_its_serial_grows_over_runs(tmp_path):
-    state = FleetState(tmp_path)
+    state = FleetState(FolderFiles(tmp_path))
     journal = Journal(state, "p-2-aa", "fleet.yaml", ["a", "b"], tmp_path / "logs")
     journal.take({"a": Line("train", 3, 10)}, [Event("a", "score", "done", 1, 2.5)])
     journal.take({}, [Event("b", "train", "retrying", 1, error="no room", trace="Trace: x")])
@@ -131,11 +133,11 @@ def test_the_journal_follows_the_board_and_its_serial_grows_over_runs(tmp_path):
 def test_a_journal_that_can_not_be_read_says_so(tmp_path, text, says):
     (tmp_path / JOURNAL).write_text(text)
     with pytest.raises(StateError, match=says):
-        FleetState(tmp_path).read()
+        FleetState(FolderFiles(tmp_path)).read()
 
 
 def test_only_the_holder_that_was_asked_stops(tmp_path):
-    state, lock = FleetState(tmp_path), FleetLock(tmp_path)
+    state, lock = FleetState(FolderFiles(tmp_path)), FleetLock(FolderFiles(tmp_path))
     with pytest.raises(StateError, match="nothing runs"):
         state.ask_to_stop()
     lock.acquire()
@@ -146,7 +148,7 @@ def test_only_the_holder_that_was_asked_stops(tmp_path):
 
 
 def test_status_names_the_error_the_log_and_the_retry(tmp_path):
-    state, out = FleetState(tmp_path), io.StringIO()
+    state, out = FleetState(FolderFiles(tmp_path)), io.StringIO()
     console = Console(file=out, width=200)
     console.print(status_view(state, "fleet.yaml"))
     assert "nothing was run" in out.getvalue()

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from trace_ray.cli import app
 from trace_ray.runtime.fleet_lock import FleetLock
 from trace_ray.runtime.stale import find_stale
+from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.runtime.store import Store, write_json
 
 HOUR = 3600.0
@@ -78,7 +79,7 @@ def test_gc_shows_then_removes_and_the_newest_run_stays_whole(config, store):
 
 
 def test_gc_waits_for_no_run_and_removes_nothing_under_it(config, store):
-    lock = FleetLock(store.run_dir("r").parents[1] / "state" / "another-fleet")
+    lock = FleetLock(FolderFiles(store.run_dir("r").parents[1] / "state" / "another-fleet"))
     lock.acquire()
     refused = gc(config, "--days", 7)
     assert refused.exit_code == 2

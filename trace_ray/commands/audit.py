@@ -47,7 +47,7 @@ def export_command(
     run: Annotated[str | None, typer.Option(help="Run id; the newest if left out.")] = None,
 ) -> None:
     """Write one bundle with which an auditor can check a run without access to the system."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from trace_ray.rollout.audit_export import export
 
         signed = export(str(config), out, run)

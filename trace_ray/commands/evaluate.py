@@ -30,7 +30,7 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option(help="JSON file for the measures.")] = None,
 ) -> None:
     """Measure models as they are; trains nothing. Ends with 1 where a model failed, 2 on bad input."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from trace_ray.rollout.evaluation import evaluate, evaluation_table
         from trace_ray.rollout.events import announced
         from trace_ray.runtime.store import write_json

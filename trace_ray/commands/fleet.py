@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly, storage_of, terminal
 
 app = typer.Typer()
 
@@ -34,7 +34,8 @@ def plan_command(
         from trace_ray.rollout.plan_view import plan_view
         from trace_ray.rollout.planning import make_plan
 
-        plan = make_plan(str(config), sample)
+        with storage_of(config):
+            plan = make_plan(str(config), sample)
         terminal().print(plan_view(plan), soft_wrap=True)
         if out is not None:
             write_plan(out, plan.to_row())

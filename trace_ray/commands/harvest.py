@@ -23,6 +23,8 @@ def harvest_command(
         from trace_ray.serve.harvest import harvest
         from trace_ray.serve.records import FOLDER
 
-        counts = harvest(Path(load_config(config).storage, FOLDER), out)
+        fleet = load_config(config)
+        fleet.require_folder("harvesting")
+        counts = harvest(Path(fleet.storage, FOLDER), out)
         said = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         typer.echo(f"{out}: {said or 'nothing to learn from'}")

@@ -22,7 +22,7 @@ def judge_calibrate(
     out: Annotated[Path | None, typer.Option(help="JSON file for the measures.")] = None,
 ) -> None:
     """Measure a judge on labels and pick its threshold."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from trace_ray.data.sources import read_labels
         from trace_ray.rollout import calibrating
         from trace_ray.runtime.store import write_json
@@ -61,7 +61,7 @@ def judge_distil(
     limit: Annotated[int, typer.Option(min=1, help="Replies the teacher labels.")] = 2000,
 ) -> None:
     """Train a small judge on labels or on another judge's verdicts, measure and register it."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from trace_ray.rollout.distil import distil
         from trace_ray.runtime.cluster import connected
 

@@ -19,7 +19,7 @@ def lineage_command(
     config: OfConfig,
 ) -> None:
     """Print the digests of all that an adapter was made from, and of its parents' makings."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from rich.table import Table
 
         from trace_ray.config import load_config
@@ -44,7 +44,7 @@ def explain_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of such an answer.")] = 128,
 ) -> None:
     """Show one pair: verdicts, clause by clause, its category, weight and rank for each model."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from rich.table import Table
 
         from trace_ray.rollout.answers import answers as ask_models

@@ -19,7 +19,7 @@ def review_import(
     person: Annotated[str, typer.Option(help="Who answered; empty = your login.")] = "",
 ) -> None:
     """Bring reviewed verdicts back: they win over any judge in the next run."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from trace_ray.rollout.judging import verdict_store
         from trace_ray.rollout.plan import read_inputs
         from trace_ray.rollout.review import import_review

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal
+from trace_ray.commands.wiring import (
+    ConfigPath,
+    asking,
+    exits_cleanly,
+    storage_of,
+    terminal,
+)
 
 app = typer.Typer(help="Work with stored verdicts.", no_args_is_help=True)
 
@@ -15,7 +22,7 @@ app = typer.Typer(help="Work with stored verdicts.", no_args_is_help=True)
 @app.command("stats")
 def verdicts_stats(config: ConfigPath) -> None:
     """Count the stored verdicts by judge and by what they are about."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from rich.table import Table
 
         from trace_ray.rollout.judging import verdict_store
@@ -37,7 +44,7 @@ def verdicts_export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="jsonl file to write.")],
 ) -> None:
     """Write every stored verdict as jsonl."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         import json
 
         from trace_ray.rollout.judging import verdict_store
@@ -69,14 +76,17 @@ def verdicts_gc(
 
         keep: dict[str, set[str]] = {}
         stores = {}
-        with asking(*map(str, configs)):
+        with ExitStack() as held:
             for config in configs:
-                inputs = read_inputs(str(config))
-                store = verdict_store(inputs)
-                stores[store.root] = store
-                for judge, about in store_named_by(inputs).items():
-                    keep.setdefault(judge, set()).update(about)
-        removed = [row for store in stores.values() for row in store.gc(keep, days * 86400)]
+                held.enter_context(storage_of(config))
+            with asking(*map(str, configs)):
+                for config in configs:
+                    inputs = read_inputs(str(config))
+                    store = verdict_store(inputs)
+                    stores[store.root] = store
+                    for judge, about in store_named_by(inputs).items():
+                        keep.setdefault(judge, set()).update(about)
+            removed = [row for store in stores.values() for row in store.gc(keep, days * 86400)]
         for row in removed:
             typer.echo(f"removed {row.verdicts} verdicts of {row.judge_id} about {row.about}")
         typer.echo(f"{len(removed)} folders removed; people's verdicts are never removed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,16 +19,33 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config
 
 
 @contextmanager
-def exits_cleanly() -> Iterator[None]:
-    """Turn our errors into one message on stderr and exit status 2."""
+def exits_cleanly(config: Path | None = None) -> Iterator[None]:
+    """Turn our errors into one message on stderr and exit status 2.
+
+    Args:
+        config: the fleet config of a command that reads or changes the fleet's storage: where that is
+            a bucket, the copy here is up to date within the block, and its changes are sent after it.
+    """
     try:
-        yield
+        with storage_of(config) if config else nullcontext():
+            yield
     except TraceRayError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("interrupted: run the same command again to go on where it stopped", err=True)
         sys.exit(130)
+
+
+@contextmanager
+def storage_of(config: str | Path) -> Iterator[None]:
+    """Within the block the storage of a fleet config, or of a plan of it, is up to date here."""
+    from trace_ray.config import load_config
+    from trace_ray.rollout.plan_file import config_of
+    from trace_ray.runtime.bucket import Bucket, up_to_date
+
+    with up_to_date(Bucket.of(load_config(config_of(str(config))))):
+        yield
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The fleet config: one YAML file, one validated frozen object, or one error with every problem.
 
 ``load_config(path)`` is the only way in. Paths to inputs (policy, data, labels, prompts) are
-relative to the config file; ``storage`` is relative to the working directory.
+relative to the config file; ``storage`` is relative to the working directory, or a place in a bucket.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trace_ray.config.evaluation import EvaluationConfig
 from trace_ray.config.events import EventsSection
@@ -25,6 +33,7 @@ from trace_ray.config.serve import ServeSection
 from trace_ray.config.training import ImpactConfig, LoraConfig, TrainingConfig
 from trace_ray.core.objectives import CORRECTED
 from trace_ray.errors import ConfigError, problems
+from trace_ray.types import content_digest
 
 __all__ = [
     "EngineConfig",
@@ -138,7 +147,18 @@ class FleetConfig(Section):
     serve: ServeSection = ServeSection()
     events: EventsSection = EventsSection()
     storage: str = ".trace-ray"
+    """A folder that all nodes see, or ``s3://bucket/prefix``, of which each node then keeps a copy in
+    ``TRACE_RAY_CACHE``; once loaded, the folder: that copy's, where it is a bucket."""
     tracking: TrackingConfig = TrackingConfig()
+    _bucket: str | None = PrivateAttr(default=None)
+
+    @field_validator("storage")
+    @classmethod
+    def _is_folder_or_bucket(cls, storage: str) -> str:
+        scheme, found, place = storage.partition("://")
+        if found and (scheme != "s3" or not place.strip("/")):
+            raise ValueError("must be a folder or s3://bucket/prefix")
+        return storage
 
     @field_validator("models")
     @classmethod
@@ -159,6 +179,23 @@ class FleetConfig(Section):
         if self.oracle is None and objectives <= CORRECTED:
             raise ValueError(f"objective {self.objective!r} needs an 'oracle' section")
         return self
+
+    @property
+    def bucket(self) -> str | None:
+        """``s3://bucket/prefix`` of a storage that is no folder."""
+        return self._bucket
+
+    def require_folder(self, doing: str) -> None:
+        """Refuse a storage in a bucket for what an endpoint and operators do at once.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        if self.bucket is not None:
+            raise ConfigError(
+                f"storage: {self.bucket}: {doing} needs a folder that the endpoint's nodes and the "
+                "operators see: set TRACE_RAY_STORAGE to one (adapters come from the registry)"
+            )
 
     @property
     def objective(self) -> str:
@@ -264,8 +301,9 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     data = config.data.model_copy(
         update={"source": at(config.data.source), "gold": at(config.data.gold)}
     )
-    storage = os.path.abspath(os.environ.get("TRACE_RAY_STORAGE") or config.storage)
-    return config.model_copy(
+    storage = os.environ.get("TRACE_RAY_STORAGE") or config.storage
+    bucket = storage.rstrip("/") if storage.startswith("s3://") else None
+    found = config.model_copy(
         update={
             "policy": at(config.policy),
             "data": data,
@@ -273,9 +311,20 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
             "oracle": oracle,
             "evaluation": evaluation,
             "serve": config.serve.with_paths(at),
-            "storage": storage,
+            "storage": _copy_of(bucket) if bucket else os.path.abspath(storage),
         }
     )
+    found._bucket = bucket
+    return found
+
+
+def _copy_of(bucket: str) -> str:
+    """Return the folder, on every node the same, of a bucket's copy."""
+    cache = os.environ.get("TRACE_RAY_CACHE") or "~/.cache/trace-ray"
+    name = bucket.removeprefix("s3://").replace("/", "-")[:40]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    folder = f"{name}-{content_digest([bucket, endpoint])[:8]}"
+    return os.path.abspath(os.path.expanduser(f"{cache}/{folder}"))
 
 
 def _input_files(config: FleetConfig) -> dict[str, str]:

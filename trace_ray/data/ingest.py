@@ -19,7 +19,7 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def ingest(
     quarantine: Path,
     max_bad_fraction: float = 0.01,
     max_pairs: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> IngestReport:
     """Read every file of ``source`` into a folder of parquet shards of distinct pairs.
 
@@ -85,6 +86,8 @@ def ingest(
         quarantine: jsonl of bad rows ``{file, line, field, message, raw}``; made only if needed.
         max_bad_fraction: share of bad rows among all rows read above which this fails.
         max_pairs: stop after so many distinct pairs; None reads everything.
+        options: of the tasks, as Ray Data takes them: where no disk is shared, they all run on the
+            node that has ``out``.
 
     Raises:
         DataError: no file, no good row, an unreadable file, too many bad rows, or none of the columns
@@ -99,7 +102,7 @@ def ingest(
         (draft / name).mkdir(parents=True)
     try:
         readable, parts = split(source)
-        work = Work(replace(readable, files=()), schema, draft, max_pairs)
+        work = Work(replace(readable, files=()), schema, draft, max_pairs, options or {})
         totals = _passes(work, list(_shards(parts)))
         bad_file = _join(sorted((draft / "bad").iterdir()), quarantine) if totals.bad else None
         report = replace(totals, quarantine=bad_file)
@@ -210,6 +213,7 @@ def _on_cluster(
         fn_kwargs={"function": function, "work": work},
         batch_size=1,
         batch_format="numpy",
+        **work.options,
     )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         for answer in batch["answer"]:  # type: ignore[index]

@@ -29,7 +29,8 @@ _BUFFER = 4 << 20
 _ATTEMPTS = 3
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket; check its name and AWS_ENDPOINT_URL",
-    "AccessDenied": "access denied; the keys need s3:ListBucket and s3:GetObject there",
+    "AccessDenied": "access denied; the keys need s3:ListBucket and s3:GetObject there (a storage "
+    "also s3:PutObject and s3:DeleteObject)",
     "403": "access denied; the keys need s3:ListBucket and s3:GetObject there",
     "InvalidAccessKeyId": "S3 does not know AWS_ACCESS_KEY_ID; check the keys and AWS_ENDPOINT_URL",
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID",
@@ -58,6 +59,23 @@ class S3Access:
     def client(self) -> Any:
         """Return a boto3 client, one per process."""
         return _client(self)
+
+    def filesystem(self) -> Any:
+        """Return the same access as pyarrow's file system, whose paths begin with the bucket."""
+        from pyarrow.fs import S3FileSystem
+
+        names = {
+            "aws_access_key_id": "access_key",
+            "aws_secret_access_key": "secret_key",
+            "aws_session_token": "session_token",
+            "region_name": "region",
+            "endpoint_url": "endpoint_override",
+        }
+        found = {names[name]: value for name, value in self.settings}
+        scheme, _, host = found.get("endpoint_override", "").rpartition("://")
+        if host:
+            found |= {"endpoint_override": host, "scheme": scheme or "https"}
+        return S3FileSystem(**found)
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,7 +129,7 @@ def _listed(
     except ParamValidationError:
         raise DataError(f"{source}: {bucket!r} can't be the name of a bucket") from None
     except (BotoCoreError, ClientError, ValueError) as error:
-        raise _explained(source, error) from None
+        raise explained(source, error) from None
 
 
 def _glob_pattern(key: str) -> str:
@@ -186,13 +204,14 @@ class _Object(io.RawIOBase):
                 return answer["Body"].read()
             except (HTTPClientError, IncompleteReadError) as error:
                 if attempt == _ATTEMPTS - 1:
-                    raise _explained(self.address, error) from None
+                    raise explained(self.address, error) from None
             except (BotoCoreError, ClientError) as error:
-                raise _explained(self.address, error) from None
+                raise explained(self.address, error) from None
         raise AssertionError("unreachable")
 
 
-def _explained(source: str, error: Exception) -> DataError:
+def explained(source: str, error: Exception) -> DataError:
+    """Return what S3 refused, and what to do, as one of our errors."""
     code = getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__)
     advice = _ADVICE.get(code)
     if code in ("NoCredentialsError", "PartialCredentialsError"):

@@ -10,9 +10,9 @@ import json
 import os
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Work:
     schema: Schema
     folder: Path
     limit: int | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of its tasks, as Ray Data takes them."""
 
     def parsed(self, shard: int, kind: str) -> Path:
         """A first-pass file: ``parquet``, ``jsonl`` of bad rows, or ``npy`` of keys."""

@@ -50,6 +50,8 @@ class ModelSource:
     digest: str
     """sha256 over config.json and the weights: what an adapter belongs to."""
     model_type: str
+    weight_bytes: int = 0
+    """Size of the weights on disk, bytes."""
 
 
 def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSource:
@@ -67,7 +69,8 @@ def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSou
     cache.mkdir(parents=True, exist_ok=True)
     path, commit = _locate(reference, revision, cache)
     model_type = _check_directory(reference, path)
-    return ModelSource(reference, str(path), commit, model_digest(path, cache), model_type)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return ModelSource(reference, str(path), commit, model_digest(path, cache), model_type, size)
 
 
 def model_digest(path: Path, cache: Path) -> str:

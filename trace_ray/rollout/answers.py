@@ -14,6 +14,7 @@ from trace_ray.models.references import resolve_model
 from trace_ray.rollout.parallel import kept_results
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import connected, result, start_alone
+from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.registry import Registry
 from trace_ray.types import Prompt
 
@@ -52,6 +53,7 @@ def answers(inputs: Inputs, prompt: Prompt, max_new_tokens: int) -> list[Answers
                 (parent, kept[model.name]["adapter_path"]),
                 prompt,
                 max_new_tokens,
+                needs=Needs.of(inputs.store, folders=[parent, _stage(kept[model.name])]),
             )
             for model, parent in zip(made, before, strict=True)
         ]
@@ -70,7 +72,12 @@ def _parent(inputs: Inputs, model: ModelConfig, made: Mapping[str, Any]) -> str 
     if found.adapter_id != wanted:
         reference = _registered(registry, model.adapter, wanted)
         found = registry.resolve(reference, inputs.store.adapters)
-    return str(found.path)
+    return str(inputs.store.shared(found.path))
+
+
+def _stage(made: Mapping[str, Any]) -> str:
+    """Return the folder of the stage that holds a model's adapter."""
+    return str(Path(made["adapter_path"]).parent)
 
 
 def _registered(registry: Registry, reference: str, adapter_id: str) -> str:

@@ -10,6 +10,7 @@ from trace_ray.config import load_config
 from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.runtime.fleet_lock import FleetLock
 from trace_ray.runtime.stale import Stale, find_stale, remove
+from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.runtime.store import Store
 
 DAY_S = 86400.0
@@ -18,6 +19,8 @@ DAY_S = 86400.0
 def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
     """Remove stages and checkpoints unused for so many days, those of the newest run never.
 
+    Of a storage in a bucket only this machine's copy is cleaned: what it lacks comes back from there.
+
     Returns:
         What went, or would go in a dry run.
 
@@ -25,11 +28,12 @@ def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
         StateError: a run holds this fleet, or another one in the same storage.
     """
     config = load_config(config_path)
-    store = Store(config.storage)
-    fleets = {FleetState.of(config).folder, *Path(store.root, "state").glob("*")}
+    store, mine = Store.of(config), FleetState.of(config)
+    others = [FolderFiles(folder) for folder in sorted(Path(store.root, "state").glob("*"))]
     with contextlib.ExitStack() as held:
-        for folder in sorted(fleets):  # every fleet that keeps its stages here
-            lock = FleetLock(folder)
+        # Every fleet that keeps its stages here.
+        for files in [mine.files, *(each for each in others if each != mine.files)]:
+            lock = FleetLock(files)
             lock.acquire()
             held.callback(lock.release)
             held.enter_context(lock.beating())

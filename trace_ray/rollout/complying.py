@@ -8,7 +8,7 @@ from trace_ray.errors import TraceRayError
 from trace_ray.rollout.evaluation import EvaluationJob, evaluate_model
 from trace_ray.rollout.model_job import ModelJob
 from trace_ray.rollout.parallel import side_by_side
-from trace_ray.runtime.cluster import result
+from trace_ray.runtime.cluster import on_this_node, result
 
 
 def complying(jobs: Sequence[ModelJob]) -> dict[str, str]:
@@ -27,7 +27,7 @@ def complying(jobs: Sequence[ModelJob]) -> dict[str, str]:
     import ray
 
     found = {}
-    task = ray.remote(num_cpus=0, max_retries=0)(evaluate_model)
+    task = ray.remote(num_cpus=0, max_retries=0, **on_this_node())(evaluate_model)
     todo = [_measuring(job) for job in jobs]
     for job, reference in side_by_side(task, todo, jobs[0].inputs.config.parallel):
         try:

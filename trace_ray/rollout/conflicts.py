@@ -15,6 +15,7 @@ from trace_ray.rollout.judging import ask
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.judges import JudgeSpec
+from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult, write_json
 from trace_ray.runtime.triaged import TriagedRows, write_triaged
@@ -85,7 +86,7 @@ def _corrected(
 ) -> dict[str, TriagedPair]:
     """Return the PUNISH rows that could be corrected, as they are now, by the ids they had."""
     from trace_ray.config import Resources
-    from trace_ray.config.oracle import VLLMOracle
+    from trace_ray.config.oracle import FileOracle, VLLMOracle
     from trace_ray.runtime import oracle as oracles
 
     oracle = inputs.config.oracle
@@ -95,10 +96,17 @@ def _corrected(
     if not prompts:
         return {}
     fleet("corrected responses", 0, len(prompts))
-    writes = oracle.resources if isinstance(oracle, VLLMOracle) else Resources()
-    replies = run_alone(
-        writes, oracles.write_replies, oracle, inputs.policy, prompts, inputs.store.models
-    )
+    store, needs, writes = inputs.store, NOTHING, Resources()
+    if isinstance(oracle, VLLMOracle):
+        writes = oracle.resources
+        if oracle.adapter:
+            oracle = oracle.model_copy(update={"adapter": str(store.shared(oracle.adapter))})
+            needs = Needs.of(store, folders=[oracle.adapter])
+    if isinstance(oracle, FileOracle):  # the file is here
+        replies = oracles.write_replies(oracle, inputs.policy, prompts, store.models)
+    else:
+        ask_for = (oracles.write_replies, oracle, inputs.policy, prompts, store.models)
+        replies = run_alone(writes, *ask_for, needs=needs)
     fleet("judging corrected responses")
     found, _ = oracles.correct(punished, replies, lambda exchanges: ask(judge, exchanges))
     pairs = zip(punished, found, strict=True)

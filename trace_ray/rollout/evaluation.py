@@ -35,9 +35,10 @@ from trace_ray.rollout.judging import ask_measuring, evaluation_judge
 from trace_ray.rollout.model_job import Deployed, measuring_key
 from trace_ray.rollout.parallel import deployed_adapter, find_models, side_by_side
 from trace_ray.rollout.plan import Inputs, built_in_attacks, chosen_models, read_inputs
-from trace_ray.runtime.cluster import connected, result, run_alone
+from trace_ray.runtime.cluster import connected, on_this_node, result, run_alone
 from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.measure import AFTER, Measured, MeasureJob, measure
+from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.store import write_json, write_rows
 
@@ -171,7 +172,7 @@ def _on_cluster(
         if adapter is not None:
             jobs = [_candidate(job, adapter) for job in jobs]
         fleet("measuring")
-        task = ray.remote(num_cpus=0, max_retries=0)(evaluate_model)
+        task = ray.remote(num_cpus=0, max_retries=0, **on_this_node())(evaluate_model)
         for job, reference in side_by_side(task, jobs, inputs.config.parallel):
             try:
                 found[job.model.name] = result(reference)
@@ -243,7 +244,8 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
     )
 
     def work(out: Path) -> None:
-        found = run_alone(job.model.resources, measure, todo, job.reporter)
+        needs = Needs.of(inputs.store, [job.source], [todo.before, todo.after])
+        found = run_alone(job.model.resources, measure, todo, job.reporter, needs=needs)
         job.reporter("judging")
         ask = functools.partial(ask_measuring, inputs, job.grader)
         replies = [found.replies[AFTER]]

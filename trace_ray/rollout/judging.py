@@ -25,6 +25,7 @@ from trace_ray.runtime.fit_judge import (
     rules_card,
 )
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
+from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
@@ -37,7 +38,7 @@ _ASKS = ("engine", "fit", "openai", "script")
 
 def verdict_store(inputs: Inputs) -> VerdictStore:
     """Return the verdict store of a config's storage."""
-    return VerdictStore(str(Path(inputs.store.root, "verdicts")))
+    return VerdictStore(str(Path(inputs.store.root, "verdicts")), inputs.store.bucket)
 
 
 def prepared_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
@@ -92,6 +93,7 @@ def _prepared(
         return spec, rules_card(spec, labels)
     members = tuple(_member(inputs, member, labels, fleet) for member in config.judges)
     spec = _spec(config, inputs.policy, members)
+    spec = dataclasses.replace(spec, needs=Needs.of(inputs.store))
     if not labels:
         threshold = 0.5 if config.threshold == "calibrated" else config.threshold
         card = JudgeCard(spec.judge_id, None, None, threshold, 0, 0, 0)
@@ -100,7 +102,7 @@ def _prepared(
 
     def work(out: Path) -> None:
         fleet("measuring the judge")
-        _run_judge(spec, measure_judge, spec, labels, out)
+        _run_judge(spec, measure_judge, spec, labels, out, out=out)
 
     stage = inputs.store.stage("judge", key, work)
     card = read_card(stage.path)
@@ -146,6 +148,7 @@ def _prepared_vllm(
     given, known = config.adapter_folder, None
     if config.adapter and config.adapter.startswith(_REGISTERED):
         given, known = _registered(inputs, config, source)
+    given = given and str(inputs.store.shared(given))
     if not labels and known is None:
         raise JudgeError(
             "judge.labels: a vllm judge is measured on labels before it may triage (one that was "
@@ -162,6 +165,7 @@ def _prepared_vllm(
         digest=digest,
         model_dir=str(source.path),
         adapter_dir=given,
+        needs=Needs.of(inputs.store, [source], [given]),
     )
 
     if not labels and known is not None:
@@ -171,12 +175,18 @@ def _prepared_vllm(
         return dataclasses.replace(spec, threshold=card.threshold), card
 
     def work(out: Path) -> None:
-        run_alone(config.resources, fit_judge, spec, config, labels, out, fleet)
+        needs = spec.needs
+        run_alone(
+            config.resources, fit_judge, spec, config, labels, out, fleet, needs=needs, out=out
+        )
 
     stage = inputs.store.stage("judge", key, work)
     card = read_card(stage.path)
-    adapter = str(stage.path / "adapter") if config.adapter == "auto" else given
-    return dataclasses.replace(spec, threshold=card.threshold, adapter_dir=adapter), card
+    spec = dataclasses.replace(spec, threshold=card.threshold)
+    if config.adapter != "auto":
+        return spec, card
+    needs = spec.needs.and_folders(str(stage.path))
+    return dataclasses.replace(spec, adapter_dir=str(stage.path / "adapter"), needs=needs), card
 
 
 def distilled_as(config: JudgeConfig) -> str:
@@ -269,7 +279,9 @@ def _ask(spec: JudgeSpec, exchanges: list[Exchange], store: VerdictStore | None)
     return [next(of_whole if each.clause is None else of_single) for each in exchanges]
 
 
-def _run_judge(spec: JudgeSpec, function: Callable[..., Any], *args: Any) -> Any:
+def _run_judge(
+    spec: JudgeSpec, function: Callable[..., Any], *args: Any, out: Path | None = None
+) -> Any:
     if has_engine(spec.config):
-        return run_alone(spec.config.actor_resources, function, *args)
+        return run_alone(spec.config.actor_resources, function, *args, needs=spec.needs, out=out)
     return function(*args)

@@ -13,6 +13,7 @@ from trace_ray.core.attacks import Wrapper
 from trace_ray.models.references import ModelSource
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.judges import JudgeSpec
+from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.progress import Reporter
 from trace_ray.types import Prompt, content_digest
 
@@ -69,6 +70,11 @@ class ModelJob:
     def deployed_dir(self) -> str | None:
         """Directory of the deployed adapter."""
         return self.deployed.path if self.deployed else None
+
+    @property
+    def needs(self) -> Needs:
+        """What every worker on this model reads."""
+        return Needs.of(self.inputs.store, [self.source], [self.deployed_dir])
 
     def key(self, **more: Any) -> dict[str, Any]:
         """Digest inputs that every stage of this model shares."""

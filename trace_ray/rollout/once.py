@@ -15,6 +15,7 @@ from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.conflicts import prepare
 from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, data_digest
+from trace_ray.runtime.cluster import near_these_files
 from trace_ray.runtime.fit_judge import JudgeCard, require_auc
 from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.progress import Reporter
@@ -109,6 +110,7 @@ def read_pairs(inputs: Inputs, fleet: Reporter) -> tuple[StageResult, dict[str, 
             run_dir / quarantine,
             data.max_bad_fraction,
             data.max_pairs,
+            near_these_files(inputs.store),
         )
         if found.quarantine:
             shutil.copyfile(found.quarantine, out / quarantine)

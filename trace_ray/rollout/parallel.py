@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from trace_ray.config import ModelConfig, Resources
@@ -14,7 +13,7 @@ from trace_ray.rollout.keeper import Keeper
 from trace_ray.rollout.model_job import Deployed, ModelJob
 from trace_ray.rollout.plan import Inputs
 from trace_ray.rollout.realign import realign
-from trace_ray.runtime.cluster import result, roomiest_node
+from trace_ray.runtime.cluster import on_this_node, result, roomiest_node
 from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import write_json
 
@@ -83,6 +82,7 @@ def deployed_adapter(
     if model.adapter is None:
         return None
     found = registry.resolve(model.adapter, inputs.store.adapters)
+    folder = inputs.store.shared(found.path)
     if found.base_digest and found.base_digest != source.digest:
         raise ModelError(
             f"{model.adapter} was trained on another base than "
@@ -90,7 +90,7 @@ def deployed_adapter(
         )
     names = ("policy_id", "policy_version", "policy_digest")
     policy = " ".join(found.tags.get(name, "") for name in names).strip()
-    return Deployed(str(found.path), found.adapter_id, found.sha256, policy)
+    return Deployed(str(folder), found.adapter_id, found.sha256, policy)
 
 
 def _too_large(resources: Resources) -> str:
@@ -121,7 +121,10 @@ def run_models(
     # cluster on the host makes it believe that the controller is dead, and it ends the training.
     address = ray.get_runtime_context().gcs_address
     task = ray.remote(
-        num_cpus=0, max_retries=0, runtime_env={"env_vars": {"RAY_ADDRESS": address}}
+        num_cpus=0,
+        max_retries=0,
+        runtime_env={"env_vars": {"RAY_ADDRESS": address}},
+        **on_this_node(),
     )(realign)
     for job, reference in side_by_side(task, jobs, parallel):
         results[job.model.name] = found = _outcome(reference)
@@ -140,7 +143,7 @@ def side_by_side(task: Any, jobs: Sequence[J], parallel: int | None) -> Iterator
     """
     import ray
 
-    waiting = sorted(jobs, key=lambda job: -weight_bytes(str(job.source.path)))
+    waiting = sorted(jobs, key=lambda job: -job.source.weight_bytes)
     running: dict[Any, J] = {}
     while waiting or running:
         while waiting and (parallel is None or len(running) < parallel):
@@ -156,11 +159,6 @@ def _outcome(reference: Any) -> dict[str, Any]:
         return result(reference)
     except TraceRayError as error:
         return {"error": str(error)}
-
-
-def weight_bytes(folder: str) -> int:
-    """Return the size of a model's weights on disk, bytes."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def keep_result(inputs: Inputs, name: str, found: Mapping[str, Any]) -> None:

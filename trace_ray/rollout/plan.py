@@ -65,6 +65,11 @@ def open_registry(config: FleetConfig) -> Registry:
     """Open the MLflow registry a fleet config names."""
     tracking = config.tracking
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None and config.bucket is not None:
+        raise ConfigError(
+            f"tracking.uri: a storage in a bucket ({config.bucket}) can't hold the registry: name an "
+            "MLflow server there, or in MLFLOW_TRACKING_URI"
+        )
     return Registry(
         uri or default_uri(Path(config.storage)), tracking.registry_prefix, tracking.experiment
     )
@@ -95,7 +100,7 @@ def read_inputs(config_path: str, *, data: bool = True) -> Inputs:
     must_comply = evaluation.must_comply if evaluation else None
     digest = data_digest(config, locate(config.data.source)) if data else ""
     prompts = read_eval_prompts(Path(evaluation.prompts)) if evaluation else []
-    tasks, store = _tasks(evaluation), Store(config.storage)
+    tasks, store = _tasks(evaluation), Store.of(config)
     inputs = {
         "config": config.model_dump(mode="json", exclude=NOT_ASKED, by_alias=True),
         "policy": policy.digest,

@@ -72,6 +72,7 @@ class Rollouts:
         """
         self.source = config_path
         self.config: FleetConfig = load_config(config_path)
+        self.config.require_folder("a rollout")
         self.registry: Registry = open_registry(self.config)
         self.audit = AuditLog(Path(self.config.storage, "audit"))
         self.journal = Journal(Path(self.config.storage, "rollout"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -33,7 +32,14 @@ from trace_ray.runtime.score import (
     score_schema,
 )
 from trace_ray.runtime.store import StageResult, stream_rows, write_json, write_rows
-from trace_ray.runtime.train import ADAPTER, HISTORY, TrainJob, rows_schema, train
+from trace_ray.runtime.train import (
+    ADAPTER,
+    HISTORY,
+    TrainJob,
+    remove_checkpoints,
+    rows_schema,
+    train,
+)
 from trace_ray.runtime.triaged import TriagedRows
 from trace_ray.types import Category, content_digest
 
@@ -91,7 +97,9 @@ def _score(job: ModelJob) -> StageResult:
         if training.impact.workers > 1:
             _score_in_shards(job, out)
         else:
-            run_alone(job.model.resources, _score_worker, job, str(out))
+            needs = job.needs.and_folders(job.triage_path)
+            resources = job.model.resources
+            run_alone(resources, _score_worker, job, str(out), needs=needs, out=out)
 
     return job.inputs.store.stage(SCORES, job.scores_key(), work)
 
@@ -99,7 +107,8 @@ def _score(job: ModelJob) -> StageResult:
 def _score_in_shards(job: ModelJob, out: Path) -> None:
     triaged = TriagedRows(Path(str(job.triage_path), "rows"))
     resources = job.model.resources
-    scoring = Scoring(job.base_dir, job.deployed_dir, job.model.training, resources.n_threads)
+    training = job.model.training
+    scoring = Scoring(job.base_dir, job.deployed_dir, training, resources.n_threads, job.needs)
     progress = functools.partial(job.reporter, "score")
     _write_scores(out, score_on_cluster(scoring, triaged, resources, progress))
 
@@ -150,6 +159,7 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
         job.reporter("train")
         rows = out / "rows.parquet"
         write_rows(rows, _training_rows(job, scores), rows_schema())
+        job.needs.give(out)
         train(
             TrainJob(
                 model=job.model.name,
@@ -161,11 +171,12 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
                 out=str(out),
                 run_name=run_name,
                 checkpoints=str(checkpoints),
+                needs=job.needs,
             ),
             job.reporter,
         )
         write_meta(out / ADAPTER, job.source.digest)
-        shutil.rmtree(checkpoints / run_name, ignore_errors=True)
+        remove_checkpoints(job.inputs.store, checkpoints / run_name)
 
     return job.inputs.store.stage(ADAPTERS, key, work)
 
@@ -223,7 +234,9 @@ def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
 
     def work(out: Path) -> None:
         job.reporter("measure")
-        found = run_alone(job.model.resources, _measure_worker, todo, job.reporter)
+        needs = job.needs.and_folders(str(adapter.parent))
+        resources = job.model.resources
+        found = run_alone(resources, _measure_worker, todo, job.reporter, needs=needs)
         job.reporter("measure", note="judging")
         ask = functools.partial(ask_measuring, inputs, grader)
         write_measures(out, inputs.policy, asked, found, ask, evaluation.seed)

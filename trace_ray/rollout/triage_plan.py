@@ -139,6 +139,8 @@ def _judged(
         rows, counts = list(judged), judged.judged()
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if inputs.store.bucket is not None:
+            inputs.store.bucket.remove(draft)
     return rows, counts, seconds
 
 

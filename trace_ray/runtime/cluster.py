@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from trace_ray import errors
 from trace_ray.config import Resources
 from trace_ray.errors import TraceRayError
+from trace_ray.runtime.needs import NOTHING, Needs
+from trace_ray.runtime.store import Store
 
 _OURS = re.compile(r"^trace_ray\.errors\.(?P<kind>\w+): (?P<message>.*)$", re.MULTILINE)
 
@@ -100,21 +102,81 @@ def _quiet_ray_data() -> None:
     context.print_on_execution_start = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def run_alone(resources: Resources, function: Callable[..., Any], *args: Any) -> Any:
+def run_alone(
+    resources: Resources,
+    function: Callable[..., Any],
+    *args: Any,
+    needs: Needs = NOTHING,
+    out: Path | None = None,
+) -> Any:
     """Run ``function`` in a Ray worker that ends with it: an engine's threads and memory go too.
+
+    Args:
+        resources: of the worker.
+        function: what it runs.
+        args: of the function.
+        needs: what it reads.
+        out: folder that it writes into.
 
     Raises:
         TraceRayError: ours from the function as it is; anything else with its last line.
     """
-    return result(start_alone(resources, function, *args))
+    found = result(start_alone(resources, function, *args, needs=needs, out=out))
+    if out is not None:
+        needs.take(out)
+    return found
 
 
-def start_alone(resources: Resources, function: Callable[..., Any], *args: Any) -> Any:
+def start_alone(
+    resources: Resources,
+    function: Callable[..., Any],
+    *args: Any,
+    needs: Needs = NOTHING,
+    out: Path | None = None,
+) -> Any:
     """Start ``function`` like ``run_alone`` and return the reference to its result."""
     import ray
 
-    task = ray.remote(max_retries=1, max_calls=1, **resources.task_options)(function)
-    return task.remote(*args)
+    task = ray.remote(max_retries=1, max_calls=1, **resources.task_options)(_supplied)
+    return task.options(name=function.__name__).remote(function, args, needs, out)
+
+
+def _supplied(
+    function: Callable[..., Any], args: Sequence[Any], needs: Needs, out: Path | None
+) -> Any:
+    needs.fetch()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    found = function(*args)
+    if out is not None:
+        needs.give(out)
+    return found
+
+
+def near_these_files(store: Store) -> dict[str, Any]:
+    """Return the options of Ray Data's tasks that share files with the caller.
+
+    Of a storage that all nodes see there are none. A head without CPUs of its own still has cores.
+    """
+    import ray
+
+    if store.bucket is None:
+        return {}
+    options = on_this_node()
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    if not node["Resources"].get("CPU"):
+        options |= {"num_cpus": 0, "concurrency": os.cpu_count()}
+    return options
+
+
+def on_this_node() -> dict[str, Any]:
+    """Return the options of a task that has to run where its caller's files are."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def result(reference: Any) -> Any:

@@ -87,6 +87,7 @@ def fit_judge(
 
     from trace_ray.models.judge_adapter import fit_judge_adapter, split_labels
 
+    spec.needs.fetch()
     split = split_labels(labels, config.fit.seed)
     _require_both_verdicts(split)
     torch.set_num_threads(config.resources.n_threads)

@@ -17,9 +17,10 @@ from typing import Any
 
 from trace_ray.config import FleetConfig
 from trace_ray.errors import StateError
-from trace_ray.runtime.fleet_lock import FleetLock, Holder, now, user_name
+from trace_ray.runtime.bucket import Bucket
+from trace_ray.runtime.fleet_lock import LOCK, FleetLock, Holder, now, user_name
 from trace_ray.runtime.progress import FLEET, Event, Line
-from trace_ray.runtime.store import write_json
+from trace_ray.runtime.state_files import BucketFiles, FolderFiles, StateFiles
 
 JOURNAL, CANCEL = "journal.json", "cancel.json"
 VERSION = 1
@@ -99,19 +100,21 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class FleetState:
-    """The state folder of a fleet."""
+    """The state of a fleet."""
 
-    folder: Path
+    files: StateFiles
 
     @classmethod
     def of(cls, config: FleetConfig) -> FleetState:
-        """Return the state folder of a config's fleet."""
-        return cls(Path(config.storage, "state", config.tracking.registry_prefix))
+        """Return the state of a config's fleet."""
+        folder = Path(config.storage, "state", config.tracking.registry_prefix)
+        bucket = Bucket.of(config)
+        return cls(FolderFiles(folder) if bucket is None else BucketFiles(bucket, folder))
 
     @property
     def lock(self) -> FleetLock:
         """A new handle on the fleet's lock."""
-        return FleetLock(self.folder)
+        return FleetLock(self.files)
 
     def read(self) -> Record | None:
         """Return the journal; None where the fleet has none yet.
@@ -119,17 +122,17 @@ class FleetState:
         Raises:
             StateError: the file is damaged, or of a newer version.
         """
-        path = self.folder / JOURNAL
+        path, text = self.files.where(JOURNAL), self.files.read(JOURNAL)
+        if text is None:
+            return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(text)
             if found["version"] > VERSION:
                 raise StateError(
                     f"{path}: is of version {found['version']}, this trace-ray reads up to "
                     f"{VERSION}: use a newer one"
                 )
             return Record.from_json(found)
-        except FileNotFoundError:
-            return None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise StateError(
                 f"{path}: is not a journal; delete it: no finished work is lost"
@@ -143,15 +146,16 @@ class FleetState:
         """
         holder = self.lock.holder()
         if holder is None or holder.is_gone:
-            raise StateError(f"{self.folder}: nothing runs on this fleet")
-        write_json(self.folder / CANCEL, {"token": holder.token, "by": user_name(), "at": now()})
+            raise StateError(f"{self.files.where(LOCK)}: nothing runs on this fleet")
+        wish = {"token": holder.token, "by": user_name(), "at": now()}
+        self.files.write(CANCEL, json.dumps(wish))
         return holder
 
     def asked_to_stop(self, token: str) -> str | None:
         """Return who asked the holder with this token to stop, if anybody did."""
         try:
-            asked = json.loads((self.folder / CANCEL).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            asked = json.loads(self.files.read(CANCEL) or "")
+        except ValueError:
             return None
         return f"cancelled by {asked['by']} at {asked['at']}" if asked["token"] == token else None
 
@@ -161,7 +165,7 @@ class Journal:
 
     def __init__(self, state: FleetState, run_id: str, config: str, models: list[str], logs: Path):
         before = state.read()
-        self.path, self.logs = state.folder / JOURNAL, logs
+        self.files, self.logs = state.files, logs
         self.record = Record(run_id, config, "running", now(), now())
         self.record.serial = before.serial if before else 0
         self.models = models
@@ -176,7 +180,8 @@ class Journal:
         """Write the journal, one serial further."""
         self.record.serial += 1
         self.record.updated_at = now()
-        write_json(self.path, self.record.to_json())
+        text = json.dumps(self.record.to_json(), indent=2, ensure_ascii=False)
+        self.files.write(JOURNAL, text + "\n")
 
     def take(self, lines: dict[str, Line], events: list[Event]) -> None:
         """Bring in the board's lines and its new events; write where something changed."""

@@ -1,15 +1,14 @@
 """Who may change a fleet: one holder at a time, named to everybody else.
 
-The lock is a file that appears by one link, so two machines that share a storage folder can't both
-make it. A holder on the same host whose process is gone has lost it. One on another host (or in another
-pod) can't be looked at: it touches the file every ``BEAT_S``, and has lost it after ``SILENCE_S`` without
-a touch, counted by the clock of whoever waits, so that no two hosts' clocks are compared.
+The lock is a file that is made only where there is none, so two machines that share a storage can't
+both make it. A holder on the same host whose process is gone has lost it. One on another host (or in
+another pod) can't be looked at: it touches the file every ``BEAT_S``, and has lost it after ``SILENCE_S``
+without a touch, counted by the clock of whoever waits, so that no two hosts' clocks are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import json
 import os
@@ -23,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trace_ray.errors import StateError
-from trace_ray.runtime.store import write_json
+from trace_ray.runtime.state_files import StateFiles
 
-LOCK, GUARD = "lock.json", ".guard"
+LOCK = "lock.json"
 BEAT_S, SILENCE_S = 10.0, 60.0
 
 
@@ -81,21 +80,22 @@ def _born(pid: int) -> str | None:
 
 
 class FleetLock:
-    """The lock in one state folder."""
+    """The lock among the files of a fleet's state."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / LOCK
+    def __init__(self, files: StateFiles):
+        self.files = files
         self.mine: Holder | None = None
 
     def holder(self) -> Holder | None:
         """Return who holds the fleet now, if anybody."""
-        try:
-            return Holder(**json.loads(self.path.read_text()))
-        except FileNotFoundError:
+        text = self.files.read(LOCK)
+        if text is None:
             return None
+        try:
+            return Holder(**json.loads(text))
         except (ValueError, TypeError):
             raise StateError(
-                f"{self.path}: is not a lock file; look who runs the fleet, then delete it"
+                f"{self.files.where(LOCK)}: is not a lock file; look who runs the fleet, then delete it"
             ) from None
 
     def acquire(self, *, force: bool = False) -> str | None:
@@ -109,29 +109,23 @@ class FleetLock:
         Raises:
             StateError: somebody else holds it, with the name.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         silent = None if force else self._silent_holder()
-        with self._guarded():
+        with self.files.guarded():
             other, note = self.holder(), None
             if other is not None:
                 gone = other.is_gone or other == silent
                 if not force and not gone:
+                    where = self.files.where(LOCK)
                     raise StateError(
-                        f"the fleet is held by {other} ({self.path}): wait for it, stop it with "
+                        f"the fleet is held by {other} ({where}): wait for it, stop it with "
                         "'trace-ray cancel', or, if that process is gone, add --force-unlock"
                     )
                 why = "its process is gone" if gone else "--force-unlock"
                 note = f"took the fleet over from {other}: {why}"
-                self.path.unlink(missing_ok=True)
+                self.files.remove(LOCK)
             mine = Holder.this_process()
-            draft = self.folder / f".{LOCK}.{mine.token}"
-            write_json(draft, asdict(mine))
-            try:
-                os.link(draft, self.path)
-            except FileExistsError:
-                raise StateError(f"the fleet was taken by {self.holder()} just now") from None
-            finally:
-                draft.unlink(missing_ok=True)
+            if not self.files.create(LOCK, json.dumps(asdict(mine), indent=2) + "\n"):
+                raise StateError(f"the fleet was taken by {self.holder()} just now")
             self.mine = mine
             return note
 
@@ -140,20 +134,12 @@ class FleetLock:
         other = self.holder()
         if other is None or other.host == socket.gethostname():
             return None
-        first, waited_from = self._touched(), time.monotonic()
+        first, waited_from = self.files.touched(LOCK), time.monotonic()
         while time.monotonic() - waited_from < SILENCE_S:
             time.sleep(min(1.0, SILENCE_S / 10))
-            if self._touched() != first:
+            if self.files.touched(LOCK) != first:
                 return None
         return other
-
-    def _touched(self) -> int | None:
-        """Return when the file was touched, by the file server's clock, in ns; None = it is gone."""
-        try:
-            with self.path.open() as file:  # a network file system looks afresh when it opens
-                return os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:
-            return None
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
@@ -164,7 +150,7 @@ class FleetLock:
             while not ended.wait(BEAT_S):
                 with contextlib.suppress(OSError, StateError):  # storage that is away for a moment
                     if self.is_mine():
-                        os.utime(self.path)
+                        self.files.touch(LOCK)
 
         thread = threading.Thread(target=beat, name="fleet-lock", daemon=True)
         thread.start()
@@ -180,15 +166,7 @@ class FleetLock:
 
     def release(self) -> None:
         """Give the lock up, if it is still held."""
-        with self._guarded():
+        with self.files.guarded():
             if self.is_mine():
-                self.path.unlink(missing_ok=True)
+                self.files.remove(LOCK)
         self.mine = None
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Keep other processes of this host out while a dead holder's file is replaced."""
-        with (self.folder / GUARD).open("w") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield

@@ -17,6 +17,7 @@ from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import Policy
 from trace_ray.core.verdicts import decide, quorum, settles
 from trace_ray.errors import ModelError
+from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.types import Label, Prompt, Verdict
 
 
@@ -73,6 +74,8 @@ class JudgeSpec:
     model_dir: str = ""
     adapter_dir: str | None = None
     members: tuple[JudgeSpec, ...] = ()
+    needs: Needs = NOTHING
+    """What a worker that builds it has to fetch."""
 
     @property
     def kind(self) -> str:
@@ -91,6 +94,7 @@ class JudgeSpec:
 
     def build(self) -> Judge:
         """Build the judge in this process."""
+        self.needs.fetch()
         return JUDGES[self.kind](self)
 
 

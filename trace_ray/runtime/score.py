@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import ImpactConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
+from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.runtime.triaged import TriagedRows
 from trace_ray.types import Category, ImpactScore, TriagedPair
 
@@ -59,6 +60,8 @@ class Scoring:
     """The model's training section."""
     num_threads: int | None = None
     """torch threads; None leaves torch's choice."""
+    needs: Needs = NOTHING
+    """What a worker that loads it has to fetch."""
 
     def load(self) -> Scorer:
         """Return the loaded model."""
@@ -139,11 +142,14 @@ def score_on_cluster(
     conflicts, gold = conflicts_of(triaged), gold_of(triaged, scoring.config)
     if not conflicts:
         return _summary(conflicts, gold, [], set(), scoring.config.impact)
-    direction, truncated = run_alone(resources, _direction_task, scoring, gold)
+    needs = scoring.needs
+    direction, truncated = run_alone(resources, _direction_task, scoring, gold, needs=needs)
     shared = ray.put(direction)
     shards = shard(conflicts, scoring.config.impact.workers)
     tasks = [
-        start_alone(resources, _shard_task, scoring, [conflicts[i] for i in places], shared)
+        start_alone(
+            resources, _shard_task, scoring, [conflicts[i] for i in places], shared, needs=needs
+        )
         for places in shards
     ]
     raw = [math.nan] * len(conflicts)

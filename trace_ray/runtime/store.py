@@ -2,12 +2,14 @@
 
 A stage writes into a temporary folder beside its final place, ``<storage>/stages/<stage>/<key>``, and is
 published by one rename. A folder that exists is therefore complete; a killed run leaves only a
-temporary folder, which the next run of that stage removes.
+temporary folder, which the next run of that stage removes. Where the storage is a bucket, a stage is
+complete when its record is there, which is sent last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -19,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trace_ray.config import FleetConfig
 from trace_ray.data.shards import drafted
+from trace_ray.errors import StateError
+from trace_ray.runtime.bucket import Bucket
 from trace_ray.types import content_digest
 
 RECORD = "stage.json"
@@ -39,9 +44,16 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The stages under one storage folder (picklable: it is only a path)."""
+    """The stages under one storage folder (plain data: it travels to workers)."""
 
     root: str
+    bucket: Bucket | None = None
+    """Where the storage is one: the folder is then a copy of it."""
+
+    @classmethod
+    def of(cls, config: FleetConfig) -> Store:
+        """Return the store of a fleet."""
+        return cls(config.storage, Bucket.of(config))
 
     @property
     def models(self) -> Path:
@@ -66,7 +78,7 @@ class Store:
     def find(self, name: str, inputs: Mapping[str, Any]) -> StageResult | None:
         """Return stage ``name`` for ``inputs`` if it is done, and note that it is still of use."""
         final = self.folder(name, inputs)
-        if not (final / RECORD).exists():
+        if not self._is_done(final):
             return None
         with contextlib.suppress(OSError):  # a storage that can only be read
             os.utime(final)
@@ -97,19 +109,23 @@ class Store:
         if found := self.find(name, inputs):
             return found
         _remove_abandoned(final)
-        draft = final.with_name(
-            f"{key}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        )
+        draft = final.with_name(f"{key}{_draft_mark()}{os.getpid()}-{uuid.uuid4().hex[:6]}")
         draft.mkdir(parents=True)
         started = time.monotonic()
         try:
             seconds = work(draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
+            if self.bucket is not None:
+                with contextlib.suppress(StateError):  # the error that is raised counts
+                    self.bucket.remove(draft)
             raise
         wall_s = time.monotonic() - started if seconds is None else seconds
         record = {"stage": name, "key": key, "inputs": dict(inputs), "wall_s": round(wall_s, 2)}
         write_json(draft / RECORD, record)
+        if self.bucket is not None:
+            self.bucket.push(draft, final, last=RECORD)
+            self.bucket.remove(draft)  # what workers put there
         try:
             draft.rename(final)
         except OSError:
@@ -119,10 +135,60 @@ class Store:
             shutil.rmtree(draft, ignore_errors=True)
         return StageResult(final, False, wall_s)
 
+    def _is_done(self, final: Path) -> bool:
+        """Whether a stage is complete; of a bucket, in the bucket and here."""
+        here = (final / RECORD).exists()
+        if self.bucket is None:
+            return here
+        if self.bucket.read(final / RECORD) is None:
+            if here:  # the bucket lost it
+                self.bucket.push(final, last=RECORD)
+            return here
+        self.bucket.pull(final)
+        return True
+
+    def shared(self, folder: str | Path) -> Path:
+        """Return a folder that workers can have: one that is no stage goes to the bucket first.
+
+        Args:
+            folder: of the store, or an adapter anywhere; without a bucket it is returned as it is.
+        """
+        folder = Path(folder)
+        if self.bucket is None or Path(self.root, "stages") in folder.parents:
+            return folder
+        if Path(self.root) not in folder.parents:
+            given = self.adapters / f"given-{folder_digest(folder)[:16]}"
+            if not given.exists():
+                shutil.copytree(folder, given)
+            folder = given
+        if not self.bucket.holds(folder):
+            self.bucket.push(folder)
+        return folder
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the sha256 over the names and bytes of a folder's files."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return content_digest(
+        [
+            [file.relative_to(folder).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()]
+            for file in files
+        ]
+    )
+
+
+def _draft_mark() -> str:
+    return f".tmp-{socket.gethostname()}-"
+
+
+def is_drafted_here(draft: Path) -> bool:
+    """Whether a process of this host is making that stage."""
+    return _draft_mark() in draft.name
+
 
 def _remove_abandoned(final: Path) -> None:
     """Remove drafts of this stage whose writer, on this host, is no longer alive."""
-    for draft in final.parent.glob(f"{final.name}.tmp-{socket.gethostname()}-*"):
+    for draft in final.parent.glob(f"{final.name}{_draft_mark()}*"):
         pid = int(draft.name.rsplit("-", 2)[1])
         if not os.path.exists(f"/proc/{pid}"):
             shutil.rmtree(draft, ignore_errors=True)

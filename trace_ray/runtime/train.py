@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from trace_ray.config import Resources, TrainingConfig
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import TrainError
+from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.runtime.progress import Reporter
-from trace_ray.runtime.store import stream_rows, write_json
+from trace_ray.runtime.store import Store, stream_rows, write_json
 from trace_ray.types import Category, Message
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class TrainJob:
     run_name: str
     """Unique per logical run: Ray Train resumes a run of the same name from its checkpoint."""
     checkpoints: str
-    """Folder of Ray Train's runs."""
+    """Folder of Ray Train's runs; of a storage in a bucket they are there."""
+    needs: Needs = NOTHING
+    """What a worker has to fetch."""
 
 
 def rows_schema() -> Any:
@@ -73,7 +76,7 @@ def train(job: TrainJob, reporter: Reporter) -> None:
         ),
         run_config=RunConfig(
             name=job.run_name,
-            storage_path=job.checkpoints,
+            **_run_storage(job),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=1),
         ),
@@ -82,10 +85,27 @@ def train(job: TrainJob, reporter: Reporter) -> None:
         trainer.fit()
     except Exception as error:
         raise TrainError(f"{job.model}: training failed: {root_cause(error)}") from None
+    job.needs.take(Path(job.out))
     if not Path(job.out, ADAPTER).exists():
         # The run had ended before, but its output was lost: start it afresh.
-        shutil.rmtree(Path(job.checkpoints, job.run_name), ignore_errors=True)
+        remove_checkpoints(job.needs.store, Path(job.checkpoints, job.run_name))
         raise TrainError(f"{job.model}: an earlier run left no adapter; run the job again")
+
+
+def _run_storage(job: TrainJob) -> dict[str, Any]:
+    """Return where Ray Train keeps its runs, as ``RunConfig`` takes it."""
+    bucket = job.needs.store and job.needs.store.bucket
+    if not bucket:
+        return {"storage_path": job.checkpoints}
+    place = f"{bucket.name}/{bucket.place(job.checkpoints)}"
+    return {"storage_path": place, "storage_filesystem": bucket.access.filesystem()}
+
+
+def remove_checkpoints(store: Store | None, run: Path) -> None:
+    """Remove what Ray Train kept of a run."""
+    shutil.rmtree(run, ignore_errors=True)
+    if store is not None and store.bucket is not None:
+        store.bucket.remove(run)
 
 
 def root_cause(error: BaseException) -> str:
@@ -118,6 +138,8 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     )
 
     job: TrainJob = loop_config["job"]
+    job.needs.fetch()
+    job.needs.take(Path(job.out))  # the rows
     reporter: Reporter = loop_config["reporter"]
     transformers_logging.set_verbosity_error()
     use_cpu = job.resources.num_gpus == 0
@@ -155,6 +177,9 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
             "truncated": sum(row.truncated for row in rows),
         }
         write_json(Path(job.out, HISTORY), history)
+        job.needs.give(Path(job.out))
+    if job.needs.store is not None:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _report_callback(is_first: bool) -> TrainerCallback:

@@ -170,7 +170,15 @@ def triage_pairs(
     tally = actor.remote(total, reporter)
     batch_size = _RULE_BATCH if spec.kind == "rules" else spec.config.batch_size
     n_blocks = _n_blocks(total, batch_size, _actor_range(spec)[1])
-    rows = ray.data.read_parquet(str(pairs), override_num_blocks=n_blocks)
+    bucket = store and store.bucket
+    if bucket and not bucket.holds(pairs):
+        bucket.push(pairs)
+    there = {"filesystem": bucket.access.filesystem()} if bucket else {}
+
+    def place(path: Path) -> str:
+        return f"{bucket.name}/{bucket.place(path)}" if bucket else str(path)
+
+    rows = ray.data.read_parquet(place(pairs), override_num_blocks=n_blocks, **there)
     if spec.kind != "rules":
         rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
     triaged = rows.map_batches(
@@ -181,9 +189,13 @@ def triage_pairs(
         **_actors(spec),
     )
     with own_errors():
-        triaged.write_parquet(str(out))
-        sort: Any = ray.remote(sort_file)
-        result([sort.remote(path) for path in out.absolute().glob("*.parquet")])
+        triaged.write_parquet(place(out), **there)
+        if bucket:
+            for path in bucket.pull(out).glob("*.parquet"):
+                sort_file(path)
+        else:
+            sort: Any = ray.remote(sort_file)
+            result([sort.remote(path) for path in out.absolute().glob("*.parquet")])
         write_json(out / SPEED, {"wall_s": result(tally.seconds.remote())})
 
 

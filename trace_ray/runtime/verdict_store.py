@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.errors import DataError
+from trace_ray.runtime.bucket import Bucket
 from trace_ray.types import Label, Verdict
 
 HUMAN, CLAUSES, CARD = "human", "clauses", "judge.json"
@@ -108,9 +109,11 @@ class FolderStats:
 
 @dataclass(frozen=True, slots=True)
 class VerdictStore:
-    """The verdicts under one storage folder (picklable: it is only a path)."""
+    """The verdicts under one storage folder (plain data: it travels to workers)."""
 
     root: str
+    bucket: Bucket | None = None
+    """Where the storage is one: what is judged goes there at once."""
 
     def append(
         self, judge: str, judge_id: str, about: str, found: Iterable[tuple[str, str, Verdict]]
@@ -143,12 +146,16 @@ class VerdictStore:
         path = folder / f"{now}-{uuid.uuid4().hex[:12]}.parquet"
         table = pa.table({name: columns[name] for name in verdict_schema().names})
         _write(table.cast(verdict_schema()), path)
+        if self.bucket is not None:
+            self.bucket.push(path)
 
     def load(self, judge: str, about: str, subjects: Iterable[str]) -> Known:
         """Return what is known of ``subjects``: all that a judge actor reads."""
         import pyarrow as pa
         import pyarrow.dataset as ds
 
+        if self.bucket is not None:
+            self.bucket.pull_new(self._folder(judge, about))
         wanted = ds.field("subject").isin(list(subjects))
         for _ in range(5):
             files = self._files(self._folder(judge, about))

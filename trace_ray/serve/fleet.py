@@ -39,6 +39,7 @@ def serve_config(path: str) -> ServeConfig:
         ServeError: nothing of the fleet is registered.
     """
     config = load_config(path)
+    config.require_folder("serving")
     Rollouts(path).finish()  # nobody serves a fleet that was promoted in part
     registry = open_registry(config)
     compliance = _compliance(path, config)
@@ -134,7 +135,7 @@ def _served_judge(spec: JudgeSpec) -> ServedJudge:
 def _served(
     config: FleetConfig, model: ModelConfig, registry: Registry, compliance: Compliance | None
 ) -> ServedModel:
-    store = Store(config.storage)
+    store = Store.of(config)
     source = resolve_model(model.base, model.revision, store.models)
     versions = [
         version

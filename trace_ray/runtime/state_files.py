@@ -1,0 +1,163 @@
+"""The files of a fleet's state, in a folder or in a bucket: each is written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from trace_ray.runtime.bucket import Bucket
+from trace_ray.runtime.store import write_text
+
+GUARD = ".guard"
+
+
+class StateFiles(Protocol):
+    """A few small files, by name."""
+
+    def where(self, name: str) -> str:
+        """Return the file's address, for messages."""
+        ...
+
+    def read(self, name: str) -> str | None:
+        """Return a file's text; None without one."""
+        ...
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file, complete or not at all."""
+        ...
+
+    def create(self, name: str, text: str) -> bool:
+        """Write a file only where there is none; False where there is one."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        ...
+
+    def touch(self, name: str) -> None:
+        """Show that its writer is alive."""
+        ...
+
+    def touched(self, name: str) -> object | None:
+        """Return what differs after every touch; None without the file."""
+        ...
+
+    def guarded(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes of this host out within the block."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """Files of a folder that all machines see."""
+
+    folder: Path
+
+    def where(self, name: str) -> str:
+        """See ``StateFiles``."""
+        return str(self.folder / name)
+
+    def read(self, name: str) -> str | None:
+        """See ``StateFiles``."""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, text: str) -> None:
+        """See ``StateFiles``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / name, text)
+
+    def create(self, name: str, text: str) -> bool:
+        """See ``StateFiles``: the file appears by one link."""
+        draft = self.folder / f".{name}.{uuid.uuid4().hex}"
+        write_text(draft, text)
+        try:
+            os.link(draft, self.folder / name)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+        return True
+
+    def remove(self, name: str) -> None:
+        """See ``StateFiles``."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def touch(self, name: str) -> None:
+        """See ``StateFiles``."""
+        os.utime(self.folder / name)
+
+    def touched(self, name: str) -> object | None:
+        """See ``StateFiles``: the time by the file server's clock."""
+        try:
+            # A network file system looks afresh when it opens.
+            with (self.folder / name).open() as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """See ``StateFiles``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / GUARD).open("w") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+@dataclass(frozen=True, slots=True)
+class BucketFiles:
+    """Files of a bucket, by conditional writes: each is read and written there, never in the copy."""
+
+    bucket: Bucket
+    folder: Path
+    """In the copy."""
+
+    def where(self, name: str) -> str:
+        """See ``StateFiles``."""
+        return f"s3://{self.bucket.name}/{self.bucket.place(self.folder / name)}"
+
+    def read(self, name: str) -> str | None:
+        """See ``StateFiles``."""
+        found = self.bucket.read(self.folder / name)
+        return None if found is None else found[0].decode()
+
+    def write(self, name: str, text: str) -> None:
+        """See ``StateFiles``."""
+        self.bucket.write(self.folder / name, text.encode())
+
+    def create(self, name: str, text: str) -> bool:
+        """See ``StateFiles``: S3 takes it only where there is none."""
+        return self.bucket.write(self.folder / name, text.encode(), only="*")
+
+    def remove(self, name: str) -> None:
+        """See ``StateFiles``."""
+        self.bucket.remove(self.folder / name)
+
+    def touch(self, name: str) -> None:
+        """See ``StateFiles``: the same text again, unless somebody else wrote in the meantime."""
+        found = self.bucket.read(self.folder / name)
+        if found is not None:
+            # White space at the end makes another ETag of it: whoever waits compares those.
+            text = found[0].rstrip(b" ") + b" " * (1 - found[0].endswith(b" "))
+            self.bucket.write(self.folder / name, text, only=found[1])
+
+    def touched(self, name: str) -> object | None:
+        """See ``StateFiles``."""
+        found = self.bucket.read(self.folder / name)
+        return None if found is None else found[1:]
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """See ``StateFiles``."""
+        with FolderFiles(self.folder).guarded():
+            yield
