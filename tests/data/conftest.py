@@ -7,7 +7,6 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 ROWS = [{"prompt": f"é{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(300)]
 
@@ -16,20 +15,8 @@ def jsonl(rows):
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\r\n" for row in rows)
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture
-def client(server, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+def client(s3_environment):
     return boto3.client("s3")
 
 

@@ -92,6 +92,14 @@ def roomiest_node() -> dict[str, float]:
     return most
 
 
+def node_cpus() -> list[float]:
+    """Return the CPUs of every node that has any."""
+    import ray
+
+    found = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return [cpus for cpus in found if cpus]
+
+
 def _quiet_ray_data() -> None:
     """Our own progress view shows the stages; Ray Data's bars would write over it."""
     from ray.data import DataContext
@@ -159,14 +167,15 @@ def near_these_files(store: Store) -> dict[str, Any]:
     Of a storage that all nodes see there are none. A head without CPUs of its own still has cores.
     """
     import ray
+    from ray.data import TaskPoolStrategy
 
     if store.bucket is None:
         return {}
-    options = on_this_node()
     here = ray.get_runtime_context().get_node_id()
+    options: dict[str, Any] = {"label_selector": {"ray.io/node-id": here}}
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     if not node["Resources"].get("CPU"):
-        options |= {"num_cpus": 0, "concurrency": os.cpu_count()}
+        options |= {"num_cpus": 0, "compute": TaskPoolStrategy(size=os.cpu_count())}
     return options
 
 

@@ -22,7 +22,7 @@ from trace_ray.config import Resources
 from trace_ray.core import triage
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import JudgeError
-from trace_ray.runtime.cluster import own_errors, result
+from trace_ray.runtime.cluster import node_cpus, own_errors, result
 from trace_ray.runtime.judges import Exchange, JudgeSpec, usage_of
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
@@ -205,7 +205,7 @@ def _actors(spec: JudgeSpec) -> dict[str, Any]:
 
     fewest, most = _actor_range(spec)
     resources = Resources(num_cpus=0.5) if _is_spread(spec) else spec.config.actor_resources
-    _check_room(resources.num_cpus * fewest)
+    _check_room(resources, fewest)
     # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
     environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
     options: dict[str, Any] = {
@@ -217,7 +217,7 @@ def _actors(spec: JudgeSpec) -> dict[str, Any]:
 
 
 def _is_spread(spec: JudgeSpec) -> bool:
-    """True for rules left alone: they take all cores but one, and two actors share a core.
+    """True for rules left alone: they take all cores but one of each node, and two actors share a core.
 
     Reading and writing leave time on that one core.
     """
@@ -226,11 +226,9 @@ def _is_spread(spec: JudgeSpec) -> bool:
 
 def _actor_range(spec: JudgeSpec) -> tuple[int, int]:
     """Return the fewest and the most actors."""
-    import ray
-
     if not _is_spread(spec):
         return spec.config.actor_range
-    n = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) - 1))
+    n = max(1, sum(2 * int(cpus - 1) for cpus in node_cpus()))
     return n, n
 
 
@@ -244,13 +242,15 @@ def _n_blocks(rows: int, batch_size: int, actors: int) -> int:
     return max(1, min(wanted, math.ceil(rows / batch_size)))
 
 
-def _check_room(judge_cpus: float) -> None:
-    """Refuse a pool that leaves no core to read and write: Ray Data would wait for ever."""
-    import ray
+def _check_room(resources: Resources, actors: int) -> None:
+    """Refuse a pool that leaves no core to read and write: Ray Data would wait for ever.
 
-    available = ray.cluster_resources().get("CPU", 0.0)
-    if judge_cpus + 1 > available:
+    Actors with parts of cores may leave a part on each node, so one core a node has to be free.
+    """
+    held, nodes = resources.num_cpus * actors, node_cpus()
+    free = 1 if resources.num_cpus % 1 == 0 else max(1, len(nodes))
+    if held + free > sum(nodes):
         raise JudgeError(
-            f"the judge's actors hold {judge_cpus:g} of the cluster's {available:g} CPUs, and reading "
-            "needs one more: lower judge.actors or judge.resources.num_cpus (threads can stay higher)"
+            f"the judge's actors hold {held:g} of the cluster's {sum(nodes):g} CPUs, and reading needs "
+            f"{free} more: lower judge.actors or judge.resources.num_cpus (threads can stay higher)"
         )

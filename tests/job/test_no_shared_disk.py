@@ -1,0 +1,109 @@
+"""A fleet whose nodes share no disk: storage and models in a bucket, the registry on a server."""
+
+import json
+import shutil
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from cluster_of_nodes import BIN, can_unshare, cluster, free_port, process, wait_until
+from small_fleet import make_fleet, trace_ray
+
+pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs mount namespaces of its own")
+URL = "s3://acme-nodes/trace"
+
+
+@pytest.fixture(scope="module")
+def s3(s3_environment):
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="acme-nodes")
+    return client
+
+
+@pytest.fixture(scope="module")
+def registry(s3, tmp_path_factory):
+    at = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    argv = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{at}/mlflow.db"]
+    argv += ["--artifacts-destination", "s3://acme-nodes/mlflow"]
+    with process(argv, at / "log"):
+        wait_until(lambda: "startup complete" in (at / "log").read_text(), 120)
+        yield f"http://127.0.0.1:{port}"
+
+
+def keys(s3, prefix):
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket="acme-nodes", Prefix=prefix)
+    return {
+        item["Key"].removeprefix(prefix): item["LastModified"]
+        for page in pages
+        for item in page.get("Contents", [])
+    }
+
+
+@pytest.fixture(scope="module")
+def fleet(s3, registry, tmp_path_factory):
+    """A fleet of one: its model in the bucket, its held-out prompts measured."""
+    at = tmp_path_factory.mktemp("nodes")
+    config = yaml.safe_load(make_fleet(at, ("one",)).read_text())
+    (model,) = config["models"]
+    for file in Path(model["base"]).iterdir():
+        s3.upload_file(str(file), "acme-nodes", f"models/one/{file.name}")
+    shutil.rmtree(model["base"])
+    model["base"] = "s3://acme-nodes/models/one"
+    config["training"] |= {"max_steps": 4, "save_steps": 2}
+    config["evaluation"] = {"prompts": "heldout.jsonl", "max_new_tokens": 4}
+    config |= {"storage": f"{URL}/a", "tracking": {"uri": registry}}
+    prompts = [{"prompt": f"What is {n}?", "bin": "invert"} for n in range(2)]
+    (at / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (at / "fleet.yaml").write_text(yaml.safe_dump(config))
+    return at / "fleet.yaml"
+
+
+@pytest.fixture(scope="module")
+def nodes(s3, tmp_path_factory):
+    at = tmp_path_factory.mktemp("cluster")
+    with cluster(at, at / "cache") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def applied(fleet, nodes):
+    env, _ = nodes
+    done = trace_ray("apply", fleet, timeout=400, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def result_in(s3, storage):
+    """What the run's record in the bucket says of the model."""
+    (name,) = (key for key in keys(s3, f"trace/{storage}/runs/") if key.endswith("models/one.json"))
+    body = s3.get_object(Bucket="acme-nodes", Key=f"trace/{storage}/runs/{name}")["Body"]
+    return json.loads(body.read())
+
+
+def test_all_that_a_run_made_is_in_the_bucket(applied, s3, nodes):
+    found = keys(s3, "trace/a/")
+    stages = {key.split("/")[1] for key in found if key.endswith("/stage.json")}
+    assert stages == {"pairs", "overlap", "triage", "scores", "adapters", "measures"}
+    assert not [key for key in found if ".tmp-" in key], "drafts of workers stay behind"
+    left = [key for key in found if key.startswith(("train/", "state/trace/lock"))]
+    assert not [key for key in left if key[-1] != "/"]
+    assert {"latest", "audit/chain.jsonl", "state/trace/journal.json"} <= found.keys()
+    assert result_in(s3, "a")["registered_as"] == "trace-one/1"
+    cache = Path(nodes[0]["TRACE_RAY_CACHE"])
+    assert not list(cache.glob("*/models/*")), "the head needs no model"
+
+
+def test_another_machine_sees_it_and_has_nothing_to_do(applied, fleet, s3, nodes, tmp_path):
+    """A driver whose copy of the storage is empty."""
+    before = keys(s3, "trace/a/stages/")
+    env = nodes[0] | {"TRACE_RAY_CACHE": str(tmp_path)}
+    shown = trace_ray("status", fleet, **env)
+    assert "done" in shown.stdout
+    planned = trace_ray("plan", fleet, **env)
+    assert "0 realign, 1 no change" in planned.stdout, planned.stdout + planned.stderr
+    told = trace_ray("lineage", result_in(s3, "a")["adapter_id"], "--config", fleet, **env)
+    assert told.returncode == 0, told.stderr
+    assert keys(s3, "trace/a/stages/") == before

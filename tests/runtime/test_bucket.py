@@ -1,0 +1,241 @@
+"""A storage in a bucket, on a real S3 server: what it keeps, what it refuses, who holds it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+
+from trace_ray.config import load_config
+from trace_ray.data.s3 import S3Access
+from trace_ray.errors import ConfigError, StateError
+from trace_ray.runtime.bucket import Bucket, up_to_date
+from trace_ray.runtime.fleet_journal import FleetState
+from trace_ray.runtime.fleet_lock import LOCK, FleetLock
+from trace_ray.runtime.needs import Needs
+from trace_ray.runtime.state_files import BucketFiles
+from trace_ray.runtime.store import Store
+from trace_ray.runtime.verdict_store import VerdictStore
+from trace_ray.types import Label, Verdict
+
+
+@pytest.fixture(scope="module")
+def client(s3_environment):
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="acme-storage")
+    return client
+
+
+@pytest.fixture
+def bucket(client, tmp_path):
+    url = f"s3://acme-storage/{tmp_path.name}"
+    return Bucket(url, str(tmp_path / "copy"), S3Access.from_environment())
+
+
+@pytest.fixture
+def store(bucket):
+    return Store(bucket.root, bucket)
+
+
+def keys(client, bucket):
+    found = client.list_objects_v2(Bucket="acme-storage", Prefix=bucket.place(bucket.root) + "/")
+    return {item["Key"][len(bucket.place(bucket.root)) + 1 :] for item in found.get("Contents", [])}
+
+
+def one_file(text="1"):
+    def work(out: Path) -> None:
+        (out / "deep").mkdir()
+        (out / "deep" / "a.txt").write_text(text)
+
+    return work
+
+
+def never(out: Path) -> None:
+    raise AssertionError("the stage is done already")
+
+
+def test_a_stage_made_on_one_node_is_found_on_another(store, bucket, client):
+    made = store.stage("train", {"x": 1}, one_file())
+    folder = f"stages/train/{made.path.name}"
+    assert keys(client, bucket) == {f"{folder}/deep/a.txt", f"{folder}/stage.json"}
+    shutil.rmtree(bucket.root)
+    found = store.stage("train", {"x": 1}, never)
+    assert found.reused
+    assert (found.path / "deep" / "a.txt").read_text() == "1"
+
+
+def test_a_stage_without_its_record_is_done_again(store, bucket, client):
+    made = store.stage("train", {"x": 1}, one_file())
+    shutil.rmtree(bucket.root)
+    client.delete_object(Bucket="acme-storage", Key=bucket.place(made.path / "stage.json"))
+    again = store.stage("train", {"x": 1}, one_file("2"))
+    assert not again.reused
+    shutil.rmtree(bucket.root)
+    assert (store.stage("train", {"x": 1}, never).path / "deep/a.txt").read_text() == "2"
+
+
+def test_what_the_bucket_lost_is_sent_again(store, bucket, client):
+    made = store.stage("train", {"x": 1}, one_file())
+    bucket.remove(made.path)
+    assert store.stage("train", {"x": 1}, never).reused
+    assert len(keys(client, bucket)) == 2
+
+
+def test_a_stage_that_fails_leaves_nothing(store, bucket, client):
+    def work(out: Path) -> None:
+        (out / "half").write_text("1")
+        bucket.push(out)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        store.stage("train", {"x": 1}, work)
+    assert keys(client, bucket) == set()
+
+
+def test_a_worker_gets_what_it_reads_and_gives_what_it_made(store, bucket, tmp_path):
+    elsewhere = tmp_path / "adapter"
+    elsewhere.mkdir()
+    (elsewhere / "adapter_config.json").write_text("{}")
+    shared = store.shared(elsewhere)
+    assert store.shared(elsewhere) == shared
+    stage = store.stage("train", {"x": 1}, one_file()).path
+    shutil.rmtree(bucket.root)
+    needs = Needs.of(store, folders=[str(shared), None]).and_folders(str(stage))
+    needs.fetch()
+    assert (shared / "adapter_config.json").read_text() == "{}"
+    assert (stage / "deep" / "a.txt").exists()
+    out = stage.with_name("draft-of-another-host")
+    out.mkdir()
+    (out / "made").write_text("1")
+    needs.give(out)
+    assert not out.exists(), "a worker elsewhere keeps no copy"
+    needs.take(out)
+    assert (out / "made").read_text() == "1"
+
+
+def test_needs_name_what_is_missing(store):
+    with pytest.raises(StateError, match=r"holds no .*stages/train/gone"):
+        Needs.of(store, folders=[f"{store.root}/stages/train/gone"]).fetch()
+
+
+def test_records_are_kept_and_come_back(bucket, client):
+    root = Path(bucket.root)
+    with up_to_date(bucket):
+        for name in (
+            "runs/r1/report.json",
+            "audit/chain.jsonl",
+            "stages/train/k/x",
+            "runs/.draft/x",
+        ):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(name)
+        (root / "latest").symlink_to("runs/r1")
+    assert keys(client, bucket) == {"runs/r1/report.json", "audit/chain.jsonl", "latest"}
+    shutil.rmtree(root)
+    with up_to_date(bucket):
+        assert (root / "latest" / "report.json").read_text() == "runs/r1/report.json"
+        (root / "audit/chain.jsonl").write_text("longer than before")
+        (root / "runs/r1/report.json").unlink()  # lost, not meant
+    assert len(keys(client, bucket)) == 3
+    with up_to_date(bucket):
+        assert (root / "runs/r1/report.json").exists()
+    assert (
+        client.get_object(Bucket="acme-storage", Key=bucket.place(root / "audit/chain.jsonl"))[
+            "Body"
+        ].read()
+        == b"longer than before"
+    )
+
+
+def test_a_file_changed_on_two_machines_is_kept_twice(bucket):
+    root = Path(bucket.root)
+    with up_to_date(bucket):
+        (root / "audit").mkdir(parents=True)
+        (root / "audit/chain.jsonl").write_text("both\n")
+    (root / "audit/chain.jsonl").write_text("both\nhere\n")
+    bucket.write(root / "audit/chain.jsonl", b"both\nthere\n")
+    bucket.bring()
+    here, there = sorted((root / "audit").iterdir(), key=lambda path: -len(path.name))
+    assert (here.read_text(), there.read_text()) == ("both\nhere\n", "both\nthere\n")
+
+
+def test_verdicts_of_a_worker_are_there_for_the_next_one(bucket):
+    store = VerdictStore(f"{bucket.root}/verdicts", bucket)
+    said = Verdict(Label.VIOLATES, 0.9, "judge@1")
+    store.append("j" * 64, "judge@1", "p" * 64, [("p" * 64, "00000000000000aa", said)])
+    shutil.rmtree(bucket.root)
+    known = store.load("j" * 64, "p" * 64, ["p" * 64])
+    (found,) = known.get("p" * 64, ["00000000000000aa"])
+    assert found is not None
+    assert found.p_violate == pytest.approx(0.9)
+
+
+def test_one_holder_at_a_time(bucket):
+    files = BucketFiles(bucket, Path(bucket.root, "state", "trace"))
+    first, second = FleetLock(files), FleetLock(files)
+    assert first.acquire() is None
+    with pytest.raises(StateError, match=r"held by .*s3://acme-storage/.*/state/trace/lock.json"):
+        second.acquire()
+    before = files.touched(LOCK)
+    files.touch(LOCK)
+    assert files.touched(LOCK) != before
+    assert first.is_mine()
+    assert "took the fleet over" in (second.acquire(force=True) or "")
+    assert not first.is_mine()
+    first.release()
+    assert second.holder() == second.mine
+    second.release()
+    assert second.holder() is None
+
+
+def test_state_is_seen_from_any_machine(bucket):
+    files = BucketFiles(bucket, Path(bucket.root, "state", "trace"))
+    state = FleetState(files)
+    assert state.read() is None
+    lock = state.lock
+    lock.acquire()
+    asked = state.ask_to_stop()
+    assert "cancelled by" in (state.asked_to_stop(asked.token) or "")
+    lock.release()
+
+
+def test_a_bucket_that_is_not_there_is_named(client, tmp_path):
+    bucket = Bucket("s3://no-such/trace", str(tmp_path), S3Access.from_environment())
+    with pytest.raises(
+        StateError, match=r"s3://no-such/trace.*no such bucket.*run the command again"
+    ):
+        bucket.bring()
+
+
+def config_with(tmp_path, **changes):
+    (tmp_path / "policy.yaml").write_text(json.dumps({"id": "a", "version": "1", "clauses": []}))
+    (tmp_path / "pairs.jsonl").write_text("")
+    raw = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": "m", "base": "x/y"}],
+    }
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump(raw | changes))
+    return path
+
+
+def test_a_config_names_bucket_or_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE_RAY_CACHE", str(tmp_path / "cache"))
+    config = load_config(config_with(tmp_path, storage="s3://acme/trace/"))
+    assert config.bucket == "s3://acme/trace"
+    assert Path(config.storage).parent == tmp_path / "cache"
+    with pytest.raises(ConfigError, match=r"serving needs a folder .*TRACE_RAY_STORAGE"):
+        config.require_folder("serving")
+    monkeypatch.setenv("TRACE_RAY_STORAGE", str(tmp_path / "folder"))
+    config = load_config(tmp_path / "fleet.yaml")
+    assert (config.bucket, config.storage) == (None, str(tmp_path / "folder"))
+    config.require_folder("serving")
+
+
+def test_other_places_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"storage: must be a folder or s3://bucket/prefix"):
+        load_config(config_with(tmp_path, storage="gs://acme/trace"))
