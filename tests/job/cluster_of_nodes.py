@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import ray.util
+from ray._common.utils import get_ray_address_file
 
 BIN = Path(sys.executable).parent
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
@@ -55,6 +56,13 @@ def wait_until(ready, limit_s=60):
         time.sleep(0.3)
 
 
+def forget(address):
+    """Remove the note of a cluster that is gone: Ray's tools would look for it there."""
+    note = Path(get_ray_address_file(None))
+    if note.exists() and note.read_text().strip() == address:
+        note.unlink()
+
+
 @contextlib.contextmanager
 def cluster(folder, cache, workers=2, cpus=2):
     """Yield a driver's environment and the workers' processes; ``cache`` is empty in each worker."""
@@ -69,6 +77,7 @@ def cluster(folder, cache, workers=2, cpus=2):
     head = [*start, "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
     hide = f"mount -t tmpfs none {cache} && exec "
     with contextlib.ExitStack() as running:
+        running.callback(forget, address)
         # The paths of sockets have to be short.
         sessions = running.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
         head.append(f"--temp-dir={sessions}")

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,11 @@ def start_alone(
     import ray
 
     task = ray.remote(max_retries=1, max_calls=1, **resources.task_options)(_supplied)
-    return task.options(name=function.__name__).remote(function, args, needs, out)
+    # As arguments of the task itself: Ray hands over what a reference among them stands for.
+    return task.options(name=function.__name__).remote(function, needs, out, *args)
 
 
-def _supplied(
-    function: Callable[..., Any], args: Sequence[Any], needs: Needs, out: Path | None
-) -> Any:
+def _supplied(function: Callable[..., Any], needs: Needs, out: Path | None, *args: Any) -> Any:
     needs.fetch()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
