@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import ray.util
 from ray._common.utils import get_ray_address_file
 
@@ -63,9 +64,34 @@ def forget(address):
         note.unlink()
 
 
+class Nodes:
+    """The workers of a cluster, and the environment of a driver on its head."""
+
+    def __init__(self, folder, start, hidden, env, running):
+        self.folder, self.start, self.hidden, self.running = folder, start, hidden, running
+        self.env = env
+        self.up = []
+
+    def add(self):
+        """Start a worker and wait for it: two that start at once get in each other's way."""
+        log = self.folder / f"worker-{len(list(self.folder.glob('worker-*')))}.log"
+        hide = f"mount -t tmpfs none {self.hidden} && exec "
+        argv = [*NAMESPACE, "sh", "-c", hide + " ".join(self.start)]
+        self.up.append(self.running.enter_context(process(argv, log, **self.env)))
+        wait_until(lambda: "Ray runtime started" in log.read_text())
+
+    def kill(self, which):
+        """SIGKILL a worker with everything on it."""
+        node = self.up.pop(which)
+        for each in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
 @contextlib.contextmanager
-def cluster(folder, cache, workers=2, cpus=2):
-    """Yield a driver's environment and the workers' processes; ``cache`` is empty in each worker."""
+def cluster(folder, workers=2, cpus=2):
+    """Yield the nodes; the folder of the driver's storage copies is empty in each worker."""
+    cache = folder / "cache"
     cache.mkdir()
     port = free_port()
     address = f"{ray.util.get_node_ip_address()}:{port}"
@@ -75,19 +101,17 @@ def cluster(folder, cache, workers=2, cpus=2):
     start = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats"]
     start += ["--object-store-memory=500000000"]
     head = [*start, "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
-    hide = f"mount -t tmpfs none {cache} && exec "
+    worker = [*start, f"--address={address}", f"--num-cpus={cpus}"]
     with contextlib.ExitStack() as running:
         running.callback(forget, address)
         # The paths of sockets have to be short.
         sessions = running.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
         head.append(f"--temp-dir={sessions}")
-        running.enter_context(process(head, folder / "head.log", **env))
-        wait_until(lambda: "Ray runtime started" in (folder / "head.log").read_text())
-        nodes = []
-        for number in range(workers):
-            node = [*start, f"--address={address}", f"--num-cpus={cpus}"]
-            argv = [*NAMESPACE, "sh", "-c", hide + " ".join(node)]
-            log = folder / f"worker-{number}.log"
-            nodes.append(running.enter_context(process(argv, log, **env)))
-            wait_until(lambda log=log: "Ray runtime started" in log.read_text())
-        yield env | {"RAY_ADDRESS": address, "TRACE_RAY_CACHE": str(cache)}, nodes
+        log = folder / "head.log"
+        running.enter_context(process(head, log, **env))
+        wait_until(lambda: "Ray runtime started" in log.read_text())
+        env |= {"RAY_ADDRESS": address, "TRACE_RAY_CACHE": str(cache)}
+        nodes = Nodes(folder, worker, cache, env, running)
+        for _ in range(workers):
+            nodes.add()
+        yield nodes

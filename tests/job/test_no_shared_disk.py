@@ -1,17 +1,23 @@
 """A fleet whose nodes share no disk: storage and models in a bucket, the registry on a server."""
 
 import json
+import os
+import random
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import boto3
 import pytest
 import yaml
 from cluster_of_nodes import BIN, can_unshare, cluster, free_port, process, wait_until
-from small_fleet import make_fleet, trace_ray
+from small_fleet import ROOT, command, make_fleet, trace_ray
 
 pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs mount namespaces of its own")
 URL = "s3://acme-nodes/trace"
+KILLS = int(os.environ.get("TRACE_RAY_NODE_KILLS", "0"))
+SEED = 7
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +69,13 @@ def fleet(s3, registry, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nodes(s3, tmp_path_factory):
-    at = tmp_path_factory.mktemp("cluster")
-    with cluster(at, at / "cache") as found:
+    with cluster(tmp_path_factory.mktemp("cluster")) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def applied(fleet, nodes):
-    env, _ = nodes
-    done = trace_ray("apply", fleet, timeout=400, **env)
+    done = trace_ray("apply", fleet, timeout=400, **nodes.env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -92,14 +96,14 @@ def test_all_that_a_run_made_is_in_the_bucket(applied, s3, nodes):
     assert not [key for key in left if key[-1] != "/"]
     assert {"latest", "audit/chain.jsonl", "state/trace/journal.json"} <= found.keys()
     assert result_in(s3, "a")["registered_as"] == "trace-one/1"
-    cache = Path(nodes[0]["TRACE_RAY_CACHE"])
+    cache = Path(nodes.env["TRACE_RAY_CACHE"])
     assert not list(cache.glob("*/models/*")), "the head needs no model"
 
 
 def test_another_machine_sees_it_and_has_nothing_to_do(applied, fleet, s3, nodes, tmp_path):
     """A driver whose copy of the storage is empty."""
     before = keys(s3, "trace/a/stages/")
-    env = nodes[0] | {"TRACE_RAY_CACHE": str(tmp_path)}
+    env = nodes.env | {"TRACE_RAY_CACHE": str(tmp_path)}
     shown = trace_ray("status", fleet, **env)
     assert "done" in shown.stdout
     planned = trace_ray("plan", fleet, **env)
@@ -107,3 +111,26 @@ def test_another_machine_sees_it_and_has_nothing_to_do(applied, fleet, s3, nodes
     told = trace_ray("lineage", result_in(s3, "a")["adapter_id"], "--config", fleet, **env)
     assert told.returncode == 0, told.stderr
     assert keys(s3, "trace/a/stages/") == before
+
+
+@pytest.mark.skipif(not KILLS, reason="set TRACE_RAY_NODE_KILLS: a kill takes minutes")
+def test_a_node_killed_at_any_moment_changes_nothing(applied, fleet, nodes, s3):
+    """SIGKILL of a whole node, the same command again where the run failed: the same adapter."""
+    undisturbed, rng = result_in(s3, "a"), random.Random(SEED)
+    for kill in range(KILLS):
+        env = os.environ | nodes.env | {"TRACE_RAY_STORAGE": f"{URL}/k{kill}"}
+        run = subprocess.Popen(command("apply", fleet), cwd=ROOT, env=env)
+        moment, which = rng.uniform(5, 60), rng.randrange(len(nodes.up))
+        time.sleep(moment)
+        nodes.kill(which)
+        nodes.add()
+        ended = run.wait(timeout=400)
+        if ended != 0:
+            done = trace_ray(
+                "apply", fleet, timeout=400, TRACE_RAY_STORAGE=f"{URL}/k{kill}", **nodes.env
+            )
+            assert done.returncode == 0, (moment, done.stderr)
+        found = result_in(s3, f"k{kill}")
+        print(f"killed node {which} after {moment:.0f} s: first run ended with {ended}")
+        for name in ("adapter_sha256", "registered_as", "measures"):
+            assert found[name] == undisturbed[name], (moment, name)

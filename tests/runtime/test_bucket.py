@@ -83,6 +83,23 @@ def test_what_the_bucket_lost_is_sent_again(store, bucket, client):
     assert len(keys(client, bucket)) == 2
 
 
+def test_work_outlives_a_bucket_that_refuses_it(bucket, client):
+    gone = Bucket("s3://acme-later/trace", bucket.root, bucket.access)
+    made, store = [], Store(gone.root, gone)
+
+    def work(out: Path) -> None:
+        made.append(out)
+        client.delete_bucket(Bucket="acme-later")
+
+    client.create_bucket(Bucket="acme-later")
+    with pytest.raises(StateError, match=r"s3://acme-later.*no such bucket"):
+        store.stage("train", {"x": 1}, work)
+    client.create_bucket(Bucket="acme-later")
+    assert store.stage("train", {"x": 1}, work).reused
+    assert len(made) == 1
+    assert gone.holds(store.folder("train", {"x": 1}) / "stage.json")
+
+
 def test_a_stage_that_fails_leaves_nothing(store, bucket, client):
     def work(out: Path) -> None:
         (out / "half").write_text("1")

@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,18 @@ class Bucket:
         """The bucket alone."""
         return self.url.removeprefix(SCHEME).partition("/")[0]
 
-    def push(self, path: str | Path, to: str | Path | None = None, last: str = "") -> None:
+    def push(self, path: str | Path, last: str = "") -> None:
         """Send a file, or a folder with all it holds.
 
         Args:
             path: in the copy.
-            to: path in the copy that it gets in the bucket; None = its own.
             last: name of the file that is sent when all others are there.
         """
-        path, to = Path(path), Path(to or path)
+        path = Path(path)
         files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
         with self._told():
             for file in sorted(files, key=lambda file: (file.name == last, file)):
-                key = self.place(to / file.relative_to(path))
-                self.access.client().upload_file(str(file), self.name, key)
+                self.access.client().upload_file(str(file), self.name, self.place(file))
 
     def pull(self, path: str | Path) -> Path:
         """Return a path in the copy, fetched where it isn't there: for what never changes.
@@ -111,9 +109,9 @@ class Bucket:
             for key, _ in list(self._under(path, marks=True)):
                 self.access.client().delete_object(Bucket=self.name, Key=key)
 
-    def holds(self, folder: str | Path) -> bool:
+    def holds(self, path: str | Path) -> bool:
         """Whether anything is there under a path."""
-        return next(self._under(folder), None) is not None
+        return next(self._under(path), None) is not None
 
     def read(self, path: str | Path) -> tuple[bytes, str, Any] | None:
         """Return a file's bytes as they are in the bucket, its ETag and its time; None without one."""
@@ -178,7 +176,7 @@ class Bucket:
             file
             for folder in KEPT
             for file in Path(self.root, folder).rglob("*")
-            if file.is_file() and not any(part[0] == "." for part in file.parts[-3:])
+            if file.is_file() and "/." not in f"/{file.relative_to(self.root).as_posix()}"
         ]
         names = {file.relative_to(self.root).as_posix(): file for file in files}
         changed = {n: f for n, f in names.items() if seen.get(n, [None])[1:] != list(_stamp(f))}
@@ -288,5 +286,8 @@ def up_to_date(bucket: Bucket | None) -> Iterator[None]:
     bucket.bring()
     try:
         yield
-    finally:
-        bucket.send()
+    except BaseException:
+        with suppress(StateError):  # what went wrong in the block is what counts
+            bucket.send()
+        raise
+    bucket.send()

@@ -29,6 +29,7 @@ from trace_ray.types import content_digest
 
 RECORD = "stage.json"
 _BATCH = 4096
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,6 @@ class Store:
         wall_s = time.monotonic() - started if seconds is None else seconds
         record = {"stage": name, "key": key, "inputs": dict(inputs), "wall_s": round(wall_s, 2)}
         write_json(draft / RECORD, record)
-        if self.bucket is not None:
-            self.bucket.push(draft, final, last=RECORD)
-            self.bucket.remove(draft)  # what workers put there
         try:
             draft.rename(final)
         except OSError:
@@ -133,6 +131,9 @@ class Store:
             if not (final / RECORD).exists():
                 raise
             shutil.rmtree(draft, ignore_errors=True)
+        if self.bucket is not None:  # should it fail: the work is here, the next call sends it
+            self.bucket.push(final, last=RECORD)
+            self.bucket.remove(draft)  # what workers put there
         return StageResult(final, False, wall_s)
 
     def _is_done(self, final: Path) -> bool:
@@ -158,11 +159,10 @@ class Store:
             return folder
         if Path(self.root) not in folder.parents:
             given = self.adapters / f"given-{folder_digest(folder)[:16]}"
-            if not given.exists():
-                shutil.copytree(folder, given)
+            shutil.copytree(folder, given, dirs_exist_ok=True)
             folder = given
-        if not self.bucket.holds(folder):
-            self.bucket.push(folder)
+        if not self.bucket.holds(folder / _ADAPTER_CONFIG):
+            self.bucket.push(folder, last=_ADAPTER_CONFIG)
         return folder
 
 
