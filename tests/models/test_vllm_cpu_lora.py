@@ -54,16 +54,18 @@ def test_add_lora_equals_per_row_product_and_leaves_base_rows(
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_that_is_not_finite_reaches_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [0, 1], ids=["A", "B"])
+def test_an_adapter_that_is_not_finite_reaches_no_other(
+    monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
     monkeypatch.setattr(vllm_cpu_lora, "_CACHE", {})
     monkeypatch.setattr(vllm_cpu_lora, "_STACKS", {})
-    down, up = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 6, 4)
-    for broken in (down, up):
-        broken[1, 0, 0, 0] = float("inf")
-        y = torch.zeros(2, 6)
-        add_lora(y, torch.randn(2, 8), [down], [up], 1.0, (6,), Batch.of([0, 1]))
-        assert y[0].isfinite().all()
-        assert not y[1].isfinite().all()
+    matrices = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 6, 4)
+    matrices[broken][1, 0, 0, 0] = float("inf")
+    y = torch.zeros(2, 6)
+    add_lora(y, torch.randn(2, 8), matrices[:1], matrices[1:], 1.0, (6,), Batch.of([0, 1]))
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().all()
 
 
 def test_engine_kwargs_have_the_same_keys_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
