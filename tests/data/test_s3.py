@@ -92,7 +92,7 @@ def test_refusals_say_what_to_do(bucket, monkeypatch, tmp_path):
         locate("s3://acme/shards")
 
 
-def test_access_denied(server, client, monkeypatch):
+def test_access_denied(s3_server, client, monkeypatch):
     """The server checks keys from here on, and ours are unknown to it, then allowed nothing."""
     client.create_bucket(Bucket="private")
     client.put_object(Bucket="private", Key="a.jsonl", Body=b"{}")
@@ -102,7 +102,7 @@ def test_access_denied(server, client, monkeypatch):
 
     def check_after(calls):
         ask = urllib.request.Request(
-            f"{server}/moto-api/reset-auth",
+            f"{s3_server}/moto-api/reset-auth",
             str(calls).encode(),
             headers={"content-type": "text/plain"},
         )
