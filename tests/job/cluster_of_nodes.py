@@ -57,10 +57,10 @@ def wait_until(ready, limit_s=60):
         time.sleep(0.3)
 
 
-def forget(address):
+def forget(port):
     """Remove the note of a cluster that is gone: Ray's tools would look for it there."""
     note = Path(get_ray_address_file(None))
-    if note.exists() and note.read_text().strip() == address:
+    if note.exists() and note.read_text().strip().endswith(f":{port}"):
         note.unlink()
 
 
@@ -103,7 +103,7 @@ def cluster(folder, workers=2, cpus=2):
     head = [*start, "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
     worker = [*start, f"--address={address}", f"--num-cpus={cpus}"]
     with contextlib.ExitStack() as running:
-        running.callback(forget, address)
+        running.callback(forget, port)
         # The paths of sockets have to be short.
         sessions = running.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
         head.append(f"--temp-dir={sessions}")

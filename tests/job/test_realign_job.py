@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from cluster_of_nodes import forget
 from small_fleet import here
 
 from trace_ray.data.synthetic import generate
@@ -426,6 +427,7 @@ def test_ray_job_submit_of_the_same_run_does_no_work_after_a_rollback(realigned,
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(timeout=60)
+        forget(port)
 
 
 @pytest.fixture(scope="module")
