@@ -7,11 +7,8 @@ slot, base tokens are left alone, and each slot costs one matmul per layer:
 
     y[rows] += scale * (x[rows] A^T) B^T        x (T, in), A (r, in), B (out, r), y (T, out)
 
-in float32, rounded once into y. Few tokens of several adapters, as when replies are decoded, take the
-matrices of all loaded adapters side by side instead: what a token gets from an adapter that is not its
-own is replaced by 0, and a layer costs a few calls and not a few per adapter. Rank components that are
-zero in A or in B (padding up to ``max_lora_rank``, modules the adapter does not have) are cut away when
-an adapter is activated.
+in float32, rounded once into y. Rank components that are zero in A or in B (padding up to
+``max_lora_rank``, modules the adapter does not have) are cut away when an adapter is activated.
 
 ``register()`` does nothing on other platforms and nothing the second time.
 """
@@ -52,37 +49,8 @@ class _SlotWeights:
     parts: tuple[_Part, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """What all loaded adapters add to one layer, side by side."""
-
-    down: torch.Tensor
-    """(in, sum of ranks), float32: by slice, in it by slot."""
-    owner: torch.Tensor
-    """(sum of ranks,), int64: the slot that a column belongs to."""
-    parts: tuple[_Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Which adapter each token of a batch goes through."""
-
-    slots: torch.Tensor
-    """(tokens,), int64; -1 = the base alone."""
-    groups: Groups
-
-    @classmethod
-    def of(cls, slots: Sequence[int]) -> Batch:
-        """Return the batch whose tokens carry these slots."""
-        return cls(torch.tensor(slots, dtype=torch.int64), group_rows(slots))
-
-
-_MOST_TOKENS, _MOST_RANKS = 64, 512
-"""Of a batch and of its layer's adapters, up to which they are taken side by side."""
 _CACHE: dict[tuple[int, int, int], _SlotWeights | None] = {}
 """(address of A, address of B, slot) -> weights; emptied whenever an adapter enters a slot."""
-_STACKS: dict[tuple[int, int], _Stack | None] = {}
-"""(address of A, address of B) -> weights of all slots, None = not to be stacked; emptied likewise."""
 
 
 def group_rows(slots: Sequence[int]) -> Groups:
@@ -127,39 +95,6 @@ def _slot_weights(
     return _CACHE[key]
 
 
-def _stacked(
-    down_stacked: Sequence[torch.Tensor], up_stacked: Sequence[torch.Tensor], widths: Sequence[int]
-) -> _Stack | None:
-    """Return the weights of all slots of this layer; None where they can't stand side by side."""
-    key = (down_stacked[0].data_ptr(), up_stacked[0].data_ptr())
-    if key in _STACKS:
-        return _STACKS[key]
-    found = [
-        (slot, weights)
-        for slot in range(down_stacked[0].shape[0])
-        if (weights := _slot_weights(down_stacked, up_stacked, widths, slot)) is not None
-    ]
-    downs, owners, parts, rank = [], [], [], 0
-    for start, stop in sorted({(p.start, p.stop) for _, weights in found for p in weights.parts}):
-        first, ups = rank, []
-        for slot, weights in found:
-            for part in weights.parts:
-                if part.start == start:
-                    downs.append(weights.down[:, part.rank_start : part.rank_stop])
-                    owners += [slot] * part.up.shape[0]
-                    ups.append(part.up)
-                    rank += part.up.shape[0]
-        parts.append(_Part(start, stop, first, rank, torch.cat(ups)))
-    stack = None
-    # An adapter that isn't finite would reach the others' tokens: 0 times infinity is not a number.
-    finite = all(bool(part.up.isfinite().all()) for part in parts)
-    if downs and rank <= _MOST_RANKS and finite:
-        owner = torch.tensor(owners, dtype=torch.int64)
-        stack = _Stack(torch.cat(downs, 1).contiguous(), owner, tuple(parts))
-    _STACKS[key] = stack
-    return stack
-
-
 def _add(target: torch.Tensor, rows: Rows, delta: torch.Tensor) -> None:
     if isinstance(rows, slice):
         target[rows] += delta
@@ -174,7 +109,7 @@ def add_lora(
     up_stacked: Sequence[torch.Tensor],
     scale: float,
     widths: Sequence[int],
-    batch: Batch,
+    groups: Groups,
 ) -> None:
     """Add every adapter's part to y in place.
 
@@ -185,20 +120,9 @@ def add_lora(
         up_stacked: per slice (slots, 1, width, rank).
         scale: Factor of every delta (vLLM folds alpha / r into B and passes 1).
         widths: Output columns of each slice.
-        batch: Which adapter each token goes through.
+        groups: The batch's rows by slot.
     """
-    if len(batch.groups) > 1 and x.shape[0] == len(batch.slots) <= _MOST_TOKENS:
-        stack = _stacked(down_stacked, up_stacked, widths)
-        if stack is not None:
-            foreign = batch.slots.unsqueeze(1) != stack.owner
-            shrunk = (x.float() @ stack.down).masked_fill_(foreign, 0.0)
-            if scale != 1.0:
-                shrunk *= scale
-            for part in stack.parts:
-                delta = shrunk[:, part.rank_start : part.rank_stop] @ part.up
-                y[:, part.start : min(part.stop, y.shape[1])] += delta
-            return
-    for slot, rows in batch.groups:
+    for slot, rows in groups:
         weights = _slot_weights(down_stacked, up_stacked, widths, slot)
         if weights is None:
             continue
@@ -210,11 +134,11 @@ def add_lora(
             _add(y[:, part.start : min(part.stop, y.shape[1])], rows, delta)
 
 
-def _batch_of(wrapper: Any, count: int) -> Batch:
-    """Return the first ``count`` tokens of the batch."""
+def _token_groups(wrapper: Any, count: int) -> Groups:
+    """Return the groups of the first ``count`` tokens of the batch."""
     if count != len(wrapper._trace_slots):
-        return Batch.of(wrapper._trace_slots[:count])
-    return wrapper._trace_batch
+        return group_rows(wrapper._trace_slots[:count])
+    return wrapper._trace_groups
 
 
 def _update_metadata(original: Callable[..., None]) -> Callable[..., None]:
@@ -229,9 +153,9 @@ def _update_metadata(original: Callable[..., None]) -> Callable[..., None]:
         original(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         slot_of = {name: slot for slot, name in enumerate(lora_index_to_id) if name is not None}
         self._trace_slots = [slot_of[i] if i > 0 else -1 for i in mapping.index_mapping]
-        self._trace_batch = Batch.of(self._trace_slots)
+        self._trace_groups = group_rows(self._trace_slots)
         sampled = [slot_of[i] if i > 0 else -1 for i in mapping.prompt_mapping]
-        self._trace_sampled = Batch.of(sampled)
+        self._trace_sampler_groups = group_rows(sampled)
 
     return update_metadata
 
@@ -240,7 +164,7 @@ def _apply_shrink(
     self: Any, y: torch.Tensor, x: torch.Tensor, w_t_all: torch.Tensor, scale: float
 ) -> None:
     y = y.view(-1, y.shape[-1])
-    for slot, rows in _batch_of(self, x.shape[0]).groups:
+    for slot, rows in _token_groups(self, x.shape[0]):
         shrunk = x[rows].float() @ _matrix(w_t_all, slot).float().t()
         y[rows, : shrunk.shape[1]] = (scale * shrunk).to(y.dtype)
 
@@ -255,7 +179,7 @@ def _apply_expand(
     add_inputs: bool = True,
 ) -> None:
     columns = y[:, y_offset : y_offset + y_slice_size]
-    for slot, rows in _batch_of(self, x.shape[0]).groups:
+    for slot, rows in _token_groups(self, x.shape[0]):
         delta = x[rows].float() @ _matrix(w_t_all, slot).float().t()
         if add_inputs:
             _add(columns, rows, delta)
@@ -273,14 +197,14 @@ def _add_lora_linear(
     output_slices: tuple[int, ...],
     **kwargs: Any,
 ) -> None:
-    batch = _batch_of(self, x.shape[0])
-    add_lora(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, batch)
+    groups = _token_groups(self, x.shape[0])
+    add_lora(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, groups)
 
 
 def _add_lora_embedding(
     self: Any, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, **kwargs: Any
 ) -> None:
-    for slot, rows in _batch_of(self, x.shape[0]).groups:
+    for slot, rows in _token_groups(self, x.shape[0]):
         _add(y, rows, x[rows].float() @ _matrix(lora_b_stacked, slot).float().t())
 
 
@@ -295,7 +219,8 @@ def _add_lora_logits(
 ) -> None:
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
     width = (min(y.shape[1], lora_b_stacked.shape[-2]),)
-    add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, width, self._trace_sampled)
+    groups = self._trace_sampler_groups
+    add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), scale, width, groups)
 
 
 def _activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
@@ -303,7 +228,6 @@ def _activate_adapter(original: Callable[..., bool]) -> Callable[..., bool]:
         entered = original(self, lora_id)  # False where it is active already: asked at every step
         if entered:
             _CACHE.clear()
-            _STACKS.clear()
         return entered
 
     return activate_adapter
