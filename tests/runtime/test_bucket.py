@@ -115,6 +115,7 @@ def test_a_worker_gets_what_it_reads_and_gives_what_it_made(store, bucket, tmp_p
     elsewhere = tmp_path / "adapter"
     elsewhere.mkdir()
     (elsewhere / "adapter_config.json").write_text("{}")
+    (elsewhere / "adapter_model.safetensors").write_bytes(b"")
     shared = store.shared(elsewhere)
     assert store.shared(elsewhere) == shared
     stage = store.stage("train", {"x": 1}, one_file()).path
@@ -164,6 +165,17 @@ def test_records_are_kept_and_come_back(bucket, client):
         ].read()
         == b"longer than before"
     )
+
+
+def test_records_that_the_bucket_lost_are_sent_again(bucket, client):
+    file = Path(bucket.root, "audit", "chain.jsonl")
+    with up_to_date(bucket):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    bucket.remove(file)
+    with up_to_date(bucket):
+        assert file.read_text() == "1"
+    assert keys(client, bucket) == {"audit/chain.jsonl"}
 
 
 def test_a_file_changed_on_two_machines_is_kept_twice(bucket):

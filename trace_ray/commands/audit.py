@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, exits_cleanly
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly, storage_of
 
 app = typer.Typer(help="The tamper-evident log of decisions.", no_args_is_help=True)
 
@@ -34,8 +35,9 @@ def verify(
                 f"{bundle.gates} gate decisions made again alike; {bundle.signed}"
             )
             return
-        folder = target if target.is_dir() else audit_folder(target)
-        chain = AuditLog(folder).verify()
+        with nullcontext() if target.is_dir() else storage_of(target):
+            folder = target if target.is_dir() else audit_folder(target)
+            chain = AuditLog(folder).verify()
         signed = "signed head" if chain.signed else "head not signed"
         typer.echo(f"{folder}: {chain.records} records, unbroken, {signed}")
 

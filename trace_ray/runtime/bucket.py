@@ -21,7 +21,8 @@ from typing import Any
 
 from trace_ray.config import FleetConfig
 from trace_ray.data.s3 import SCHEME, S3Access, explained
-from trace_ray.errors import DataError, StateError
+from trace_ray.data.shards import drafted
+from trace_ray.errors import StateError
 
 KEPT = ("verdicts", "audit", "lineage", "policies", "runs", "rollout")
 """Folders of a storage, beside its stages, that outlive a command."""
@@ -161,8 +162,9 @@ class Bucket:
                 file.rename(file.with_name(f"{file.name}.here-{file.stat().st_mtime_ns}"))
             self._fetch(self.place(file), file)
             seen[name] = [etag, *_stamp(file)]
-        for name in seen.keys() - now.keys():  # removed elsewhere
-            Path(self.root, name).unlink(missing_ok=True)
+        for name in seen.keys() - now.keys():
+            if name.startswith(_PRUNED):  # removed elsewhere; anything else the bucket lost
+                Path(self.root, name).unlink(missing_ok=True)
             del seen[name]
         self._see(seen)
         found = self.read(Path(self.root, LATEST))
@@ -215,13 +217,8 @@ class Bucket:
 
     def _fetch(self, key: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-        with self._told():
-            try:
-                self.access.client().download_file(self.name, key, str(draft))
-                os.replace(draft, file)
-            finally:
-                draft.unlink(missing_ok=True)
+        with self._told(), drafted(file) as draft:
+            self.access.client().download_file(self.name, key, str(draft))
 
     def _seen(self) -> dict[str, list[Any]]:
         """Return, by file, the ETag and the copy's time and size when both were last alike."""
@@ -233,9 +230,8 @@ class Bucket:
     def _see(self, seen: dict[str, list[Any]]) -> None:
         file = Path(self.root, _SEEN)
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f"{_SEEN}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-        draft.write_text(json.dumps(seen))
-        os.replace(draft, file)
+        with drafted(file) as draft:
+            draft.write_text(json.dumps(seen))
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -250,8 +246,6 @@ class Bucket:
             known = cause if isinstance(cause, ClientError) else error
             text = str(explained(self.url, known)).replace("can't be read from S3", "storage")
             raise StateError(f"{text}; what is done is kept: run the command again") from None
-        except DataError as error:
-            raise StateError(str(error)) from None
 
 
 def _code(error: Any) -> str:

@@ -9,7 +9,6 @@ complete when its record is there, which is sent last.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from trace_ray.config import FleetConfig
 from trace_ray.data.shards import drafted
 from trace_ray.errors import StateError
+from trace_ray.models.adapters import adapter_sha256
 from trace_ray.runtime.bucket import Bucket
 from trace_ray.types import content_digest
 
@@ -158,23 +158,12 @@ class Store:
         if self.bucket is None or Path(self.root, "stages") in folder.parents:
             return folder
         if Path(self.root) not in folder.parents:
-            given = self.adapters / f"given-{folder_digest(folder)[:16]}"
+            given = self.adapters / f"given-{adapter_sha256(folder)[:16]}"
             shutil.copytree(folder, given, dirs_exist_ok=True)
             folder = given
         if not self.bucket.holds(folder / _ADAPTER_CONFIG):
             self.bucket.push(folder, last=_ADAPTER_CONFIG)
         return folder
-
-
-def folder_digest(folder: Path) -> str:
-    """Return the sha256 over the names and bytes of a folder's files."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return content_digest(
-        [
-            [file.relative_to(folder).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()]
-            for file in files
-        ]
-    )
 
 
 def _draft_mark() -> str:
