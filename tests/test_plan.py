@@ -66,6 +66,17 @@ def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(job):
     assert less.activations == 4000 * (4096 * 49 + 64_000) * 4
 
 
+def test_a_sharded_base_takes_its_share_a_layer_and_the_embeddings(job):
+    shape = estimate.Shape(64_000_000_000, 8192, 80, 100_000, 100_000)
+    sharing = {"workers": 8, "batch_size": 8, "shard_base": True, "base_dtype": "bfloat16"}
+    training = job.model.training.model_copy(update=sharing)
+    model = job.model.model_copy(update={"training": training})
+    memory = estimate.training_memory(
+        ModelJob(job.inputs, model, job.source, job.deployed, "p", "t", job.reporter), shape, 1000
+    )
+    assert memory.weights == 2 * (8_000_000_000 + 800_000_000 + 819_200_000)
+
+
 def test_an_earlier_run_on_the_same_base_is_believed_before_arithmetic(job):
     shape = estimate.shape_of(Path(job.base_dir), "all-linear")
     units, tokens = {SCORES: 40, ADAPTERS: 80}, {SCORES: 100.0, ADAPTERS: 100.0}

@@ -64,7 +64,7 @@ def make(base, adapter, tmp_path, *, pack=True, rows=None, **changes):
         }
         | changes
     )
-    model = load_policy_model(base, adapter, config.lora, seed=0)
+    model = load_policy_model(base, adapter, config.lora, seed=0, dtype=config.base_dtype)
     encoded = encode_rows(load_tokenizer(base), rows or ROWS, config)
     args = training_arguments(config, tmp_path / "work", use_cpu=True)
     return RealignTrainer(model, encoded, config, args, pack=pack)
@@ -72,8 +72,12 @@ def make(base, adapter, tmp_path, *, pack=True, rows=None, **changes):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("with_adapter", [True, False])
-def test_margins_are_zero_before_the_first_step(base, deployed, tmp_path, pack, with_adapter):
-    trainer = make(base, deployed if with_adapter else None, tmp_path, pack=pack)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_margins_are_zero_before_the_first_step(
+    base, deployed, tmp_path, pack, with_adapter, dtype
+):
+    adapter = deployed if with_adapter else None
+    trainer = make(base, adapter, tmp_path, pack=pack, base_dtype=dtype)
     batch = HybridCollator(pack)(trainer.rows)
     trainer.compute_loss(trainer.model, batch)
     terms = trainer.terms

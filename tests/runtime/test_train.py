@@ -35,51 +35,73 @@ def rows(tmp_path_factory):
     return path
 
 
+def breaks_once(mark: Path, step: int):
+    """Return a reporter that fails at ``step``, the first time."""
+
+    def report(stage, done=0, total=0, note=""):
+        if done == step and not mark.exists():
+            mark.touch()
+            raise RuntimeError("the worker broke")
+
+    return report
+
+
 def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
     base = str(tiny_model(tmp_path / "base"))
     deployed = str(tiny_adapter(tmp_path / "deployed", base, seed=1))
     found = {}
     # 3 rows a step: two workers share them unevenly, and the last step has a row for one alone.
-    for workers, batch, max_tokens in ((1, 3, None), (2, 3, 40)):
+    for name, settings in {
+        "one": {"workers": 1},
+        "two": {"workers": 2, "max_tokens": 40},
+        "sharded": {"workers": 2, "max_tokens": 40, "shard_base": True},
+    }.items():
         config = TrainingConfig.model_validate(
             {
-                "workers": workers,
-                "batch_size": batch,
-                "max_tokens": max_tokens,
+                "batch_size": 3,
                 "epochs": 3,
                 "learning_rate": 1e-2,
                 "save_steps": 4,
                 "autocast": "none",
                 "max_length": 64,
                 "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
+                **settings,
             }
         )
-        out = tmp_path / f"out{workers}"
+        out = tmp_path / name
         job = TrainJob(
-            model=f"m{workers}",
+            model=name,
             base=base,
             adapter=deployed,
             rows=str(rows),
             config=config,
             resources=Resources(num_cpus=1, threads=1),
             out=str(out),
-            run_name=f"run{workers}",
+            run_name=name,
             checkpoints=str(tmp_path / "checkpoints"),
         )
-        train(job, lambda *_, **__: None)
+        broken = tmp_path / "broken"
+        train(job, breaks_once(broken, 6) if name == "sharded" else lambda *_, **__: None)
+        assert broken.exists() == (name == "sharded")
         history = json.loads((out / "history.json").read_text())
         weights = load_file(str(next((out / "adapter").glob("*.safetensors"))))
-        found[workers] = history, weights
-    (one, a), (two, b) = found[1], found[2]
-    assert one["steps"] == two["steps"] == 9
-    for left, right in zip(one["log"], two["log"], strict=True):
-        for name in ("loss", "grad_norm", "invert", "punish", "kl_sum", "n_punish"):
-            if name in left:
-                assert right[name] == pytest.approx(left[name], rel=1e-3, abs=1e-5), name
-    assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert Path(tmp_path, "checkpoints", "run2").exists()
+        found[name] = history, weights
+        assert Path(tmp_path, "checkpoints", name).exists()
+    one, a = found.pop("one")
+    for other, b in found.values():
+        assert one["steps"] == other["steps"] == 9
+        for left, right in zip(one["log"], other["log"], strict=True):
+            for name in ("loss", "grad_norm", "invert", "punish", "kl_sum", "n_punish"):
+                if name in left:
+                    assert right[name] == pytest.approx(left[name], rel=1e-3, abs=1e-5), name
+        assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_more_workers_than_pairs_of_a_step_are_refused():
     with pytest.raises(ValueError, match="can't share the 2 pairs"):
         TrainingConfig.model_validate({"workers": 3, "batch_size": 2})
+
+
+def test_a_base_is_shared_by_several_workers_only():
+    with pytest.raises(ValueError, match="shard_base: needs workers: 2"):
+        TrainingConfig.model_validate({"shard_base": True})

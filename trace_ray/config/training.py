@@ -76,6 +76,11 @@ class TrainingConfig(Section):
     workers: int = Field(default=1, ge=1)
     """Data-parallel workers, each with the model's resources: they share out the rows of every step, so
     that the result is one worker's."""
+    shard_base: bool = False
+    """Of the base's weights each of ``workers`` holds its share and gets the others layer by layer (FSDP2):
+    for models that don't fit one worker. The adapter is whole on each."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the base's frozen weights are loaded to score and train; the adapter is float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
@@ -96,10 +101,12 @@ class TrainingConfig(Section):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _workers_have_rows(self) -> TrainingConfig:
+    def _workers_have_work(self) -> TrainingConfig:
         if self.workers > self.batch_size:
             raise ValueError(
                 f"workers: {self.workers} can't share the {self.batch_size} pairs of a step; "
                 "raise batch_size or take fewer workers"
             )
+        if self.shard_base and self.workers == 1:
+            raise ValueError("shard_base: needs workers: 2 or more, that share the base's weights")
         return self

@@ -176,14 +176,17 @@ class StepCollator:
     workers: int = 1
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
-        """Return ``{"micro_batches": [...], "counted": bool}``; rows keep their order.
+        """Return ``{"micro_batches": [...], "counted": [bool, ...]}``; rows keep their order.
 
-        ``counted`` is False where a step has no row left for this worker: the first row stands in,
-        so that all workers run a backward pass, and its loss must count for nothing.
+        All workers get as many micro-batches, because they meet in every pass. Where a worker has
+        fewer, the step's first row stands in, not ``counted``: its loss must count for nothing.
         """
-        mine = rows[self.rank :: self.workers]
-        parts = split_by_tokens(mine or rows[:1], self.max_tokens)
-        return {"micro_batches": [self.collator(part) for part in parts], "counted": bool(mine)}
+        shares = [rows[rank :: self.workers] for rank in range(self.workers)]
+        parts = [list(split_by_tokens(share, self.max_tokens)) for share in shares]
+        mine = parts[self.rank]
+        idle = max(map(len, parts)) - len(mine)
+        micro_batches = [self.collator(part) for part in [*mine, *[rows[:1]] * idle]]
+        return {"micro_batches": micro_batches, "counted": [True] * len(mine) + [False] * idle}
 
 
 def split_by_tokens(

@@ -15,6 +15,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trace_ray.models.policy_model import is_sharded
+
 
 def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
     """Prepare a policy model for training; it stays so.
@@ -22,9 +24,12 @@ def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
     Args:
         model: its LoRA layers become ``FusedLora``.
         autocast: the precision of the matmuls, in which the frozen weights of linear layers are then
-            kept; None leaves them alone. A head that shares its weight with the embeddings gets its own
-            copy: the embeddings, and with them the residual stream, stay as they are.
+            kept; None leaves them alone, and so does a model whose weights are sharded. A head that
+            shares its weight with the embeddings gets its own copy: the embeddings, and with them the
+            residual stream, stay as they are.
     """
+    if is_sharded(model):
+        autocast = None
     for module in model.modules():
         if type(module) is lora.Linear:
             module.__class__ = FusedLora
@@ -78,10 +83,11 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             flat = x.flatten(0, -2).to(dtype)
             inner = flat if dropped is None else dropped.flatten(0, -2).to(dtype)
-            weight, low_a, low_b = weight.to(dtype), a.to(dtype), (b * scaling).to(dtype)
+            low, low_a, low_b = weight.to(dtype), a.to(dtype), (b * scaling).to(dtype)
             bottleneck = inner @ low_a.T
-            out = nn.functional.linear(flat, weight, None if bias is None else bias.to(dtype))
+            out = nn.functional.linear(flat, low, None if bias is None else bias.to(dtype))
             out.addmm_(bottleneck, low_b.T)
+        # The weight itself, not its cast: the memory of a sharded one is given back between the passes.
         ctx.save_for_backward(inner, bottleneck, weight, low_a, low_b)
         ctx.scaling, ctx.dtype = scaling, a.dtype
         ctx.shape, ctx.split = x.shape, dropped is not None
@@ -91,7 +97,8 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inner, bottleneck, weight, low_a, low_b = ctx.saved_tensors
-        flat = grad.flatten(0, -2).to(weight.dtype)
+        weight = weight.to(inner.dtype)
+        flat = grad.flatten(0, -2).to(inner.dtype)
         d_bottleneck = flat @ low_b
         d_a = (d_bottleneck.T @ inner).to(ctx.dtype)
         d_b = (flat.T @ bottleneck).to(ctx.dtype) * ctx.scaling

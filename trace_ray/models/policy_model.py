@@ -32,6 +32,7 @@ def load_policy_model(
     seed: int,
     attention: str = "sdpa",
     dtype: str = "float32",
+    shards: int = 1,
 ) -> PeftModel:
     """Load ``base`` with a trainable adapter, a copy of the deployed one where there is one.
 
@@ -43,6 +44,8 @@ def load_policy_model(
         attention: transformers' attention implementation; ``sdpa`` goes block by block where a batch
             is packed.
         dtype: of the frozen base weights; adapters are float32.
+        shards: workers that hold a share of the base's weights each (FSDP2), all of them calling this at
+            once; adapters are whole on each.
 
     Raises:
         ModelError: the base can't be loaded, or the deployed adapter has another shape than ``lora``.
@@ -50,7 +53,7 @@ def load_policy_model(
     import peft
     import torch
 
-    model = _load_base(base, attention, dtype)
+    model = _load_base(base, attention, dtype, shards)
     torch.manual_seed(seed)
     if adapter is None:
         targets = family_of(model.config.model_type).lora_targets(lora.targets)
@@ -90,9 +93,10 @@ def load_measured_model(base: str | Path, before: str | None, after: str) -> Pef
     return wrapped
 
 
-def _load_base(base: str | Path, attention: str, dtype: str) -> PreTrainedModel:
+def _load_base(base: str | Path, attention: str, dtype: str, shards: int = 1) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     from trace_ray.models.attention import BLOCKWISE
 
@@ -102,6 +106,7 @@ def _load_base(base: str | Path, attention: str, dtype: str) -> PreTrainedModel:
             dtype=getattr(torch, dtype),
             attn_implementation=BLOCKWISE if attention == "sdpa" else attention,
             use_safetensors=True,
+            distributed_config=DistributedConfig(fsdp_size=shards) if shards > 1 else None,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{base}: can't be loaded as a causal language model: {error}") from None
@@ -120,6 +125,11 @@ def _check_shape(adapter: Path, lora: LoraConfig, model_type: str) -> None:
             f"{adapter}: the deployed adapter has {found}; training.lora asks for r {lora.r}, "
             f"alpha {lora.alpha}, targets {lora.targets}. Set training.lora to the deployed shape."
         )
+
+
+def is_sharded(model: PeftModel) -> bool:
+    """Say whether each worker holds a share of the base's weights only."""
+    return bool(model.get_base_model().is_distributed_loading_by_transformers)
 
 
 @contextmanager
@@ -145,5 +155,9 @@ def trained_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save the trained adapter alone (safetensors and its config) into ``folder``."""
-    model.save_pretrained(str(folder), selected_adapters=[TRAINED], safe_serialization=True)
+    # Not the whole model's state: of a sharded one, all workers would have to ask for it.
+    trained = {name: value.detach() for name, value in trained_parameters(model).items()}
+    model.save_pretrained(
+        str(folder), selected_adapters=[TRAINED], state_dict=trained, safe_serialization=True
+    )
     (folder / "README.md").unlink(missing_ok=True)

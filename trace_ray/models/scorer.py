@@ -67,7 +67,7 @@ class Scorer:
     """A loaded model that gives g_J and raw scores."""
 
     def __init__(self, base: str | Path, adapter: str | Path | None, config: TrainingConfig):
-        """Load the model as it is deployed (theta_ref), in float32.
+        """Load the model as it is deployed (theta_ref), in ``base_dtype``.
 
         Args:
             base: directory of the base model.
@@ -77,7 +77,14 @@ class Scorer:
         self.config = config
         self.method = chosen_method(config.impact)
         attention = "eager" if self.method == "jvp" else "sdpa"
-        model = load_policy_model(base, adapter, config.lora, seed=config.seed, attention=attention)
+        model = load_policy_model(
+            base,
+            adapter,
+            config.lora,
+            seed=config.seed,
+            attention=attention,
+            dtype=config.base_dtype,
+        )
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(base)
         self.params = trained_parameters(model)

@@ -26,7 +26,7 @@ from trace_ray.models.attention import attention_blocks
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, StepCollator
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.fused_lora import fuse
-from trace_ray.models.policy_model import reference, save_adapter
+from trace_ray.models.policy_model import is_sharded, reference, save_adapter
 from trace_ray.models.reference_logps import ReferenceLogps
 from trace_ray.types import Category
 
@@ -102,6 +102,9 @@ class RealignTrainer(Trainer):
         fuse(model, self.autocast)
         place = {"rank": args.process_index, "workers": args.world_size}
         collator = StepCollator(HybridCollator(pack), config.max_tokens, **place)
+        # transformers keeps no optimizer state of a sharded model. Of ours, what is trained is whole on
+        # every worker, and so is the optimizer's state.
+        args.save_only_model = is_sharded(model)
         super().__init__(
             model=model,
             args=args,
@@ -109,6 +112,7 @@ class RealignTrainer(Trainer):
             data_collator=collator,  # pyright: ignore[reportArgumentType]
             callbacks=callbacks,
         )
+        args.save_only_model = False
         # Our loss has global denominators already: micro-batches add up, they aren't averaged.
         self.loss_is_scaled_for_ga = True
 
@@ -137,15 +141,21 @@ class RealignTrainer(Trainer):
         With data-parallel workers: this worker's share, times their number, as gradients and logged
         losses are averaged over them.
         """
-        self.share = self.args.world_size if inputs["counted"] else 0
-        step = super().training_step
-        *first, last = inputs["micro_batches"]
+        *first, last = zip(inputs["micro_batches"], inputs["counted"], strict=True)
         total = torch.zeros((), device=self.args.device)
+        run = super().training_step
+
+        def add(micro: dict[str, Any], counted: bool) -> None:
+            nonlocal total
+            self.share = self.args.world_size if counted else 0
+            total += run(model, micro, num_items_in_batch)
+
         with self.accelerator.no_sync(model):
-            for micro in first:
-                total += step(model, micro, num_items_in_batch)
+            for part in first:
+                add(*part)
+        add(*last)
         self.steps_noted += 1
-        return total + step(model, last, num_items_in_batch)
+        return total
 
     def compute_loss(
         self,
@@ -185,7 +195,9 @@ class RealignTrainer(Trainer):
         retained = (batch["category"] == losses.RETAIN).nonzero().squeeze(1)
         # A row of which only the KL is asked needs no log-probability.
         mask = batch["mask"] * torch.cat([scored, scored[paired]])[:, None]
-        ref_logps = self.reference_logps.find(batch)
+        # A sharded model's workers meet in every pass: none may leave out one that another needs.
+        whole = not self.is_distributed_loading_by_transformers
+        ref_logps = self.reference_logps.find(batch) if whole else None
         bare = self.accelerator.unwrap_model(model)
         with reference(bare):
             if ref_logps is None:

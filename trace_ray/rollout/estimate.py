@@ -104,10 +104,11 @@ def shape_of(folder: Path, targets: list[str] | str) -> Shape:
 def training_memory(job: ModelJob, shape: Shape, pair_tokens: float) -> Memory:
     """Estimate the peak of one training worker.
 
-    Weights are held in float32; the adapter with its gradient, Adam's two moments and the reference's
-    copy. A layer keeps about 17 values of the hidden size per token for its backward pass (34 bytes in
-    half precision: Korthikanti et al. 2022, equation 2, without the attention table, which is computed
-    block by block), one with ``gradient_checkpointing``; logits and their gradient are whole.
+    Weights are held in ``base_dtype``, of a sharded base this worker's share, one whole layer and the
+    embeddings; the adapter with its gradient, Adam's two moments and the reference's copy. A layer keeps
+    about 17 values of the hidden size per token for its backward pass (34 bytes in half precision:
+    Korthikanti et al. 2022, equation 2, without the attention table, which is computed block by block),
+    one with ``gradient_checkpointing``; logits and their gradient are whole.
     """
     training = job.model.training
     tokens = min(pair_tokens * training.batch_size, training.max_tokens or math.inf)
@@ -115,7 +116,12 @@ def training_memory(job: ModelJob, shape: Shape, pair_tokens: float) -> Memory:
     per_layer = 1 if training.gradient_checkpointing else 17
     kept = shape.hidden * (shape.layers * per_layer + 17) + 2 * shape.vocabulary
     adapter = shape.adapted * training.lora.r * 4 * (5 if job.deployed else 4)
-    return Memory(4 * shape.parameters, adapter, int(tokens * kept * 4))
+    size = 4 if training.base_dtype == "float32" else 2
+    parameters = shape.parameters
+    if training.shard_base:
+        gathered = shape.parameters // shape.layers + shape.vocabulary * shape.hidden
+        parameters = shape.parameters // training.workers + gathered
+    return Memory(size * parameters, adapter, int(tokens * kept * 4))
 
 
 def stage_costs(

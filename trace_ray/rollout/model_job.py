@@ -93,6 +93,7 @@ class ModelJob:
         return self.key(
             impact=training.impact.model_dump(mode="json", exclude={"batch_tokens", "workers"}),
             beta=training.beta,
+            base_dtype=training.base_dtype,
             lora=training.lora.model_dump(mode="json"),
             max_length=training.max_length,
             seed=training.seed,

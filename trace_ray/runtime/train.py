@@ -146,7 +146,14 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     if use_cpu:
         torch.set_num_threads(job.resources.n_threads)
     tokenizer = load_tokenizer(job.base)
-    model = load_policy_model(job.base, job.adapter, job.config.lora, seed=job.config.seed)
+    model = load_policy_model(
+        job.base,
+        job.adapter,
+        job.config.lora,
+        seed=job.config.seed,
+        dtype=job.config.base_dtype,
+        shards=job.config.workers if job.config.shard_base else 1,
+    )
     rows = encode_rows(tokenizer, stream_rows(Path(job.rows)), job.config)
     work = Path(job.checkpoints, job.run_name, "work")
     is_first = ray.train.get_context().get_world_rank() == 0
@@ -166,9 +173,11 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     else:
         with checkpoint.as_directory() as folder:
             trainer.train(resume_from_checkpoint=str(Path(folder, "checkpoint")))
+    # A sharded model answers on all workers together.
+    answering = is_first or job.config.shard_base
+    probes = take_fingerprint(model, tokenizer, trainer.autocast) if answering else []
     if is_first:
         save_adapter(model, Path(job.out, ADAPTER))
-        probes = take_fingerprint(model, tokenizer, trainer.autocast)
         write_fingerprint(Path(job.out, ADAPTER), probes)
         history = {
             "log": trainer.state.log_history,
