@@ -1,12 +1,14 @@
 """No attacked reply can leave its place in the judge's question."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from trace_ray.core.judge_prompt import clause_prompt, judge_prompt, visible
-from trace_ray.data.injection import attacked, attacked_labels, attacks
+from trace_ray.data.injection import attacked, attacks
+from trace_ray.data.steering import attacked_labels
 from trace_ray.models.chat import encode_prompt
 from trace_ray.rollout.plan import load_policy
 from trace_ray.testing import tiny_tokenizer
@@ -63,12 +65,16 @@ def test_the_judge_sees_what_a_reader_sees():
 
 def test_a_judge_is_fitted_under_other_attacks_than_it_is_measured_on():
     labels = [LabelledResponse(ASK, reply, i % 2 == 0, "g") for i, reply in enumerate(REPLIES)] * 50
-    rows = attacked_labels(labels, 0.5, seed=0)
-    assert len(rows) == 100
-    assert rows == attacked_labels(labels, 0.5, seed=0)
+    rows = attacked_labels(labels, 2.5, seed=0)
+    assert len(rows) == 500
+    assert rows == attacked_labels(labels, 2.5, seed=0) != attacked_labels(labels, 2.5, seed=1)
     assert attacked_labels(labels, 0, seed=0) == []
-    added = {row.response.replace(label.response, "").strip() for row in rows for label in labels}
-    assert len(added) > 50
+    counts = Counter(label for row in rows for label in REPLIES if label in row.response)
+    assert min(counts.values()) >= 100
+    added = {row.response.replace(label, "").strip() for row in rows for label in REPLIES}
+    assert len(added) > 490, "hardly any text comes twice"
+    for word in ("yes", "no"):
+        assert sum(word in text.lower().split() for text in added) > 100
     measured = [attack.apply("").strip() for attack in attacks()]
     for row in rows:
         (label,) = {label for label in labels if label.response in row.response}

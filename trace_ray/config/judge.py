@@ -67,9 +67,9 @@ class JudgeFitConfig(Section):
     learning_rate: float = Field(default=5e-4, gt=0)
     epochs: float = Field(default=2, gt=0)
     batch_size: int = Field(default=8, ge=1)
-    adversarial: float = Field(default=0, ge=0, le=1)
-    """Share of the labels that are learnt once more with text added that tries to steer the judge;
-    0.5 makes it much harder to steer and the fit half as long again."""
+    adversarial: float = Field(default=0, ge=0, le=20)
+    """How many times the labels are learnt once more, each time with other text added that tries to
+    steer the judge; 0.5 takes half of them and makes the fit half as long again."""
     seed: int = 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trace_ray.config import JudgeConfig
 from trace_ray.core import metrics
 from trace_ray.core.policy import Policy
-from trace_ray.data.injection import attacked_labels
+from trace_ray.data.steering import attacked_labels
 from trace_ray.errors import JudgeError
 from trace_ray.runtime.judges import Exchange, Judge, JudgeSpec, VLLMJudge
 from trace_ray.runtime.store import write_json
