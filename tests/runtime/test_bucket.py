@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -217,6 +218,30 @@ def test_one_holder_at_a_time(bucket):
     assert second.holder() == second.mine
     second.release()
     assert second.holder() is None
+
+
+def test_of_two_that_follow_the_same_holder_one_gets_it(bucket, tmp_path, monkeypatch):
+    files = BucketFiles(bucket, Path(bucket.root, "state", "trace"))
+    other = replace(bucket, root=str(tmp_path / "other"))
+    elsewhere = BucketFiles(other, Path(other.root, "state", "trace"))
+    gone, first, second = FleetLock(files), FleetLock(elsewhere), FleetLock(files)
+    gone.acquire()
+    read = Bucket.read
+    seen = read(bucket, files.folder / LOCK)
+
+    def read_and_lose(self, path):
+        """What the second reads is true until the first has written."""
+        if first.mine is None:
+            monkeypatch.setattr(Bucket, "read", read)
+            first.acquire(force=True)
+        return seen
+
+    monkeypatch.setattr(Bucket, "read", read_and_lose)
+    with pytest.raises(StateError, match=r"the fleet was taken by .* just now"):
+        second.acquire(force=True)
+    assert first.is_mine()
+    assert not second.is_mine()
+    first.release()
 
 
 def test_state_is_seen_from_any_machine(bucket):

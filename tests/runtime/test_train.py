@@ -54,7 +54,12 @@ def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
     for name, settings in {
         "one": {"workers": 1},
         "two": {"workers": 2, "max_tokens": 40},
-        "sharded": {"workers": 2, "max_tokens": 40, "shard_base": True},
+        "sharded": {
+            "workers": 2,
+            "max_tokens": 40,
+            "shard_base": True,
+            "gradient_checkpointing": True,
+        },
     }.items():
         config = TrainingConfig.model_validate(
             {

@@ -88,7 +88,9 @@ class FleetLock:
 
     def holder(self) -> Holder | None:
         """Return who holds the fleet now, if anybody."""
-        text = self.files.read(LOCK)
+        return self._holder_of(self.files.read(LOCK))
+
+    def _holder_of(self, text: str | None) -> Holder | None:
         if text is None:
             return None
         try:
@@ -111,7 +113,8 @@ class FleetLock:
         """
         silent = None if force else self._silent_holder()
         with self.files.guarded():
-            other, note = self.holder(), None
+            text, note = self.files.read(LOCK), None
+            other = self._holder_of(text)
             if other is not None:
                 gone = other.is_gone or other == silent
                 if not force and not gone:
@@ -122,9 +125,15 @@ class FleetLock:
                     )
                 why = "its process is gone" if gone else "--force-unlock"
                 note = f"took the fleet over from {other}: {why}"
-                self.files.remove(LOCK)
             mine = Holder.this_process()
-            if not self.files.create(LOCK, json.dumps(asdict(mine), indent=2) + "\n"):
+            written = json.dumps(asdict(mine), indent=2) + "\n"
+            # Of several that find the same holder gone, one replaces it.
+            taken = (
+                self.files.create(LOCK, written)
+                if text is None
+                else self.files.replace(LOCK, text, written)
+            )
+            if not taken:
                 raise StateError(f"the fleet was taken by {self.holder()} just now")
             self.mine = mine
             return note

@@ -36,6 +36,10 @@ class StateFiles(Protocol):
         """Write a file only where there is none; False where there is one."""
         ...
 
+    def replace(self, name: str, known: str, text: str) -> bool:
+        """Write a file only where its text is still ``known``, within ``guarded``; False elsewhere."""
+        ...
+
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         ...
@@ -85,6 +89,13 @@ class FolderFiles:
             return False
         finally:
             draft.unlink(missing_ok=True)
+        return True
+
+    def replace(self, name: str, known: str, text: str) -> bool:
+        """See ``StateFiles``: hosts whose file system has no locks may both find it known."""
+        if self.read(name) != known:
+            return False
+        self.write(name, text)
         return True
 
     def remove(self, name: str) -> None:
@@ -138,6 +149,13 @@ class BucketFiles:
     def create(self, name: str, text: str) -> bool:
         """See ``StateFiles``: S3 takes it only where there is none."""
         return self.bucket.write(self.folder / name, text.encode(), only="*")
+
+    def replace(self, name: str, known: str, text: str) -> bool:
+        """See ``StateFiles``: S3 takes it only in the place of what was read here."""
+        found = self.bucket.read(self.folder / name)
+        if found is None or found[0].decode() != known:
+            return False
+        return self.bucket.write(self.folder / name, text.encode(), only=found[1])
 
     def remove(self, name: str) -> None:
         """See ``StateFiles``."""
