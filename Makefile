@@ -47,7 +47,8 @@ bench: setup
 	@test -f "$(TRACE_RAY_DATA)/hh_rlhf_harmless.jsonl.gz" || \
 		{ echo "set TRACE_RAY_DATA to the folder of hh_rlhf_harmless.jsonl.gz"; exit 2; }
 	mkdir -p .trace-ray && rm -f .trace-ray/bench.jsonl
-	set -o pipefail; for name in packing impact "impact_methods --seconds 180" training scaling ingest; do \
+	set -o pipefail; for name in packing impact "impact_methods --seconds 100" training \
+			"scaling --sizes 16,32,64" ingest; do \
 		$(BIN)/python -m benchmarks.$$name | tee -a .trace-ray/bench.jsonl || exit 1; \
 	done
 
