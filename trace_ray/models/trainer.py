@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,19 +142,12 @@ class RealignTrainer(Trainer):
         With data-parallel workers: this worker's share, times their number, as gradients and logged
         losses are averaged over them.
         """
-        *first, last = zip(inputs["micro_batches"], inputs["counted"], strict=True)
         total = torch.zeros((), device=self.args.device)
-        run = super().training_step
-
-        def add(micro: dict[str, Any], counted: bool) -> None:
-            nonlocal total
+        parts = list(zip(inputs["micro_batches"], inputs["counted"], strict=True))
+        for left, (micro, counted) in zip(reversed(range(len(parts))), parts, strict=True):
             self.share = self.args.world_size if counted else 0
-            total += run(model, micro, num_items_in_batch)
-
-        with self.accelerator.no_sync(model):
-            for part in first:
-                add(*part)
-        add(*last)
+            with self.accelerator.no_sync(model) if left else nullcontext():
+                total += super().training_step(model, micro, num_items_in_batch)
         self.steps_noted += 1
         return total
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from trace_ray.models.collate import EncodedRow
+    from trace_ray.models.fingerprint import Probe
+    from trace_ray.models.trainer import RealignTrainer
 
 ADAPTER, HISTORY = "adapter", "history.json"
 TRAINED_CATEGORIES = (Category.INVERT, Category.PUNISH, Category.RETAIN)
@@ -127,9 +129,9 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from trace_ray.models.families import load_tokenizer
-    from trace_ray.models.fingerprint import take_fingerprint, write_fingerprint
+    from trace_ray.models.fingerprint import take_fingerprint
     from trace_ray.models.packing import can_pack
-    from trace_ray.models.policy_model import load_policy_model, save_adapter
+    from trace_ray.models.policy_model import load_policy_model
     from trace_ray.models.trainer import (
         RealignTrainer,
         SmallGradientStop,
@@ -177,18 +179,27 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     answering = is_first or job.config.shard_base
     probes = take_fingerprint(model, tokenizer, trainer.autocast) if answering else []
     if is_first:
-        save_adapter(model, Path(job.out, ADAPTER))
-        write_fingerprint(Path(job.out, ADAPTER), probes)
-        history = {
-            "log": trainer.state.log_history,
-            "steps": trainer.state.global_step,
-            "rows": len(rows),
-            "truncated": sum(row.truncated for row in rows),
-        }
-        write_json(Path(job.out, HISTORY), history)
-        job.needs.give(Path(job.out))
+        _save_outcome(job, trainer, probes)
     if job.needs.store is not None:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _save_outcome(job: TrainJob, trainer: RealignTrainer, probes: list[Probe]) -> None:
+    """Write the adapter, its fingerprint and the history into ``job.out``."""
+    from trace_ray.models.fingerprint import write_fingerprint
+    from trace_ray.models.policy_model import save_adapter
+
+    adapter = Path(job.out, ADAPTER)
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
+    write_fingerprint(adapter, probes)
+    history = {
+        "log": trainer.state.log_history,
+        "steps": trainer.state.global_step,
+        "rows": len(trainer.rows),
+        "truncated": sum(row.truncated for row in trainer.rows),
+    }
+    write_json(Path(job.out, HISTORY), history)
+    job.needs.give(Path(job.out))
 
 
 def _report_callback(is_first: bool) -> TrainerCallback:
