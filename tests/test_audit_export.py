@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -25,6 +26,18 @@ from trace_ray.runtime.store import write_json, write_rows
 from trace_ray.types import Category, EvalPrompt, Message
 
 CLAUSE = {"id": "thanks", "text": "Thank.", "checks": {"must_include": {"any": ["thanks"]}}}
+LIVE = {
+    "what": "withdraw",
+    "wave": 1,
+    "test": {"alpha": 0.05, "margin": 0.05},
+    "tests": {
+        "success": {
+            **{"blocks": 50, "total": 0.0, "variance": 0.3, "decision": "rollback"},
+            **{"decided_blocks": 50, "decided_total": 0.0, "decided_variance": 0.3},
+        }
+    },
+}
+"""A candidate that failed at every request, and its champion at none."""
 POLICY = {"id": "acme", "version": "2", "clauses": [CLAUSE]}
 
 
@@ -72,8 +85,9 @@ def fleet(tmp_path_factory):
     log = AuditLog(at / "storage" / "audit", key=b"the operators' own")
     for number in range(2):
         log.append("note", {}, {"n": number}, "ana")
-    log.append("realign", {"policy": policy.digest}, {"run_id": run.name, "models": [model]}, "ana")
-    log.append("promote", {}, {"id": "1"}, "ana")
+    made = {"models": [model], "gate_config": GateSection().model_dump(mode="json")}
+    log.append("realign", {"policy": policy.digest}, {"run_id": run.name} | made, "ana")
+    log.append("promote", {}, {"id": "1", "live": LIVE}, "ana")
     return at
 
 
@@ -108,7 +122,7 @@ def test_a_third_party_verifies_with_the_public_key_alone(fleet, bundle, keys, t
     alone.write_bytes(bundle.read_bytes())
     done = verify(alone, "--public-key", keys / "mine.pub")
     assert done.exit_code == 0, done.output
-    assert "4 records, unbroken; 1 gate decisions made again alike" in done.output
+    assert "4 records, unbroken; 1 gate decisions and 1 of live traffic made again" in done.output
     assert "the given one" in done.output
     assert "give --public-key" in verify(alone).output
     wrong = verify(alone, "--public-key", keys / "other.pub")
@@ -162,6 +176,18 @@ def forged(bundle, out, **changed):
 def unsigned(fleet):
     export(str(fleet / "fleet.yaml"), fleet / "unsigned.zip")
     return fleet / "unsigned.zip"
+
+
+def test_a_decision_that_its_live_evidence_does_not_lead_to_is_found(fleet, tmp_path):
+    storage = shutil.copytree(fleet / "storage", tmp_path / "storage", symlinks=True)
+    config = yaml.safe_load((fleet / "fleet.yaml").read_text()) | {"storage": str(storage)}
+    (fleet / "copy.yaml").write_text(yaml.safe_dump(config))
+    log = AuditLog(storage / "audit", key=b"the operators' own")
+    log.append("promote", {}, {"id": "2", "live": LIVE | {"what": "promote"}}, "eve")
+    export(str(fleet / "copy.yaml"), tmp_path / "out.zip")
+    done = verify(tmp_path / "out.zip")
+    assert done.exit_code == 2
+    assert "record 5 (promote): its tests don't let the candidate through" in done.output
 
 
 @settings(
@@ -237,6 +263,7 @@ def test_any_damaged_byte_is_found_or_changes_nothing(bundle, data):
             lambda d: d.replace(b'"before_agrees": false', b'"before_agrees": true'),
             "does not lead to the gate's decision",
         ),
+        ("gate/config.json", lambda d: d.replace(b"0.05", b"0.04"), "not what the chain says"),
     ],
 )
 def test_parts_of_another_run_are_found_though_unsigned(unsigned, tmp_path, name, edit, told):

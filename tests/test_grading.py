@@ -88,7 +88,11 @@ def test_what_is_written_is_what_the_gate_reads(tmp_path):
     assert found["asked"] == 9
     assert found["retention"]["kl"] == pytest.approx(0.2)
     assert (found["retention"]["blimp_before"], found["retention"]["blimp_after"]) == (1, 0)
-    assert task_means(found["retention"]) == [("evenness", 0.5, 0.25)]
+    ((task, means),) = task_means(found)
+    assert task == "evenness"
+    assert means.startswith("0.500 -> 0.250 (-0.250 [")
+    assert task_means({"retention": found["retention"]}) == [("evenness", "0.500 -> 0.250")]
+    assert found["changes"]["blimp"]["value"] == -1
     assert found["over_refusal"] == {"before": 1, "after": 0}
     assert found["asr"]["difference"]["value"] == -0.5
     outcomes = json.loads((tmp_path / OUTCOMES).read_text())

@@ -1,10 +1,12 @@
 """Promotion and rollback as operators type them, on a real MLflow; killed at every step."""
 
+import contextlib
 import itertools
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from trace_ray.cli import app
 from trace_ray.core.promotion import AliasMove
+from trace_ray.core.waves import evidence_problems
 from trace_ray.errors import ModelError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout.promotion import Rollouts
@@ -48,7 +51,7 @@ def write_adapter(folder, seed):
     return folder
 
 
-def record(adapter, name, version, alias):
+def record(adapter, name, version, alias, parent=""):
     sha256 = adapter_sha256(adapter)
     return AdapterRecord(
         name=name,
@@ -62,7 +65,7 @@ def record(adapter, name, version, alias):
         base="demo:smollm2",
         base_revision="",
         base_digest="b" * 64,
-        parent_adapter="",
+        parent_adapter=parent,
         objective="trace",
         alias=alias,
     )
@@ -82,12 +85,15 @@ def fleet(tmp_path_factory):
         "judge": {"kind": "rules"},
         "models": [{"name": name, "base": str(at / "model")} for name in NAMES],
         "storage": str(at / "storage"),
+        "serve": {"compliance": {"mode": "shadow"}},
     }
     (at / "fleet.yaml").write_text(yaml.safe_dump(config))
     registry = Registry(default_uri(at / "storage"))
-    for name, (seed, version) in itertools.product(NAMES, enumerate(("1", "2"))):
-        adapter = write_adapter(at / f"{name}{version}", seed)
-        registry.register(record(adapter, name, version, "champion"))
+    for name in NAMES:
+        first, second = (write_adapter(at / f"{name}{i + 1}", i) for i in range(2))
+        champion = record(first, name, "1", "champion")
+        registry.register(champion)
+        registry.register(record(second, name, "2", "champion", champion.adapter_id))
     return at
 
 
@@ -349,8 +355,8 @@ def told(waves, monkeypatch):
 def test_a_bad_candidate_is_withdrawn_by_itself_told_and_kept_in_the_chain(waves, told):
     live(waves, "one", lambda i: i % 2 > 0)
     done = rollout(waves, "step")
-    (event,) = told
-    assert event["event"] == "rollout.withdrawn"
+    event, last = told
+    assert (event["event"], last["event"]) == ("rollout.withdrawn", "rollout.stopped")
     assert (event["data"]["model"], event["data"]["rollout"]) == ("one", "stopped")
     assert done.exit_code == 1
     assert "one: withdraw: compliance is worse" in done.output
@@ -360,6 +366,81 @@ def test_a_bad_candidate_is_withdrawn_by_itself_told_and_kept_in_the_chain(waves
     assert "worse than the champion" in last.evidence["forced"]
     assert rollout(waves, "step").exit_code == 1  # again: nothing more happens
     assert len(decisions(waves)) == last.number + 1 - len(gates_of(waves))
+
+
+def test_each_promotion_by_live_traffic_leaves_what_it_rests_on(waves):
+    started = decisions(waves)[-1]
+    assert started.what == "rollout-start"
+    assert started.evidence["plan"]["margin"] == 0.2
+    assert started.inputs.keys() == {
+        f"{arm}:{n}" for arm in ("champion", "candidate") for n in NAMES
+    }
+    live(waves, "one", lambda i: i % 10 > 0)
+    for command in ("pause", "resume"):
+        assert rollout(waves, command).exit_code == 0
+        assert decisions(waves)[-1].what == f"rollout-{command}"
+    live(waves, "one", lambda i: i % 10 > 0)
+    assert rollout(waves, "step").exit_code == 0
+    evidence = decisions(waves)[-1].evidence["live"]
+    assert evidence["rollout"] == started.evidence["rollout"]
+    assert evidence["tests"]["compliance"]["candidate_complied"] == 360
+    assert evidence_problems(evidence) == []
+
+
+def test_a_rollback_by_hand_stops_the_rollout(waves):
+    live(waves, "one", lambda i: i % 10 > 0)
+    assert rollout(waves, "step").exit_code == 0
+    assert rollout(waves, "rollback", "--model", "one").exit_code == 0
+    live(waves, "two", lambda i: i % 10 > 0)
+    done = rollout(waves, "step")
+    assert (done.exit_code, aliases(waves, "two")) == (1, OLD)
+    assert "one: its champion is one@1-" in done.output
+    assert LiveSplits(str(waves / "storage")).read() == {}
+    assert decisions(waves)[-1].what == "rollout-stop"
+
+
+def test_a_new_candidate_stops_the_rollout_of_the_old_one(waves):
+    Registry(default_uri(waves / "storage")).set_alias("trace-two", "challenger", 1)
+    done = rollout(waves, "step")
+    assert (done.exit_code, "two: its challenger is two@1-" in done.output) == (1, True)
+
+
+def test_a_rollout_keeps_the_plan_it_began_with(waves):
+    config = yaml.safe_load((waves / "fleet.yaml").read_text())
+    config["rollout"] = {"waves": [{"models": ["two"]}], "margin": 0.9}
+    (waves / "fleet.yaml").write_text(yaml.safe_dump(config))
+    live(waves, "one", lambda i: i % 10 > 0)
+    assert "one: promote" in rollout(waves, "step").output
+    assert "running, wave 2" in rollout(waves, "status").output
+
+
+def test_two_steps_at_once_promote_once(waves):
+    live(waves, "one", lambda i: i % 10 > 0)
+    before = len(decisions(waves))
+    words = [sys.executable, "-m", "trace_ray.cli", "rollout", "step", str(waves / "fleet.yaml")]
+    steps = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [step.communicate(timeout=300)[0] for step in steps]
+    assert [step.returncode for step in steps] == [0, 0]
+    assert sum("one: promote" in text for text in said) == 1
+    assert len(decisions(waves)) == before + 1
+
+
+def test_a_registry_that_is_away_does_not_end_the_watch_over_a_candidate(waves, told):
+    words = [sys.executable, "-m", "trace_ray.cli", "rollout", "step", str(waves / "fleet.yaml")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen([*words, "--every", "0.3"], **pipes) as watch,
+        contextlib.closing(sqlite3.connect(waves / "storage" / "mlflow.db")) as database,
+    ):
+        assert "running, wave 1" in watch.stdout.readline()
+        database.execute("BEGIN EXCLUSIVE")
+        assert any("tried again in 0.3 s" in line for line in watch.stderr)
+        database.rollback()
+        live(waves, "one", lambda i: i % 2 > 0)
+        assert "one: withdraw: compliance is worse" in watch.communicate(timeout=300)[0]
+    assert watch.returncode == 1
+    events = [body["event"] for body in told]
+    assert events == ["rollout.waiting", "rollout.withdrawn", "rollout.stopped"]
 
 
 def test_failed_requests_alone_withdraw_a_candidate(waves):

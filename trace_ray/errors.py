@@ -56,6 +56,10 @@ class RolloutError(TraceRayError, RuntimeError):
     """A promotion or rollback that is refused, or that can't go on."""
 
 
+class BusyError(RolloutError):
+    """Another operator is at work."""
+
+
 class AuditError(TraceRayError, RuntimeError):
     """The audit chain is broken, or can't be written."""
 

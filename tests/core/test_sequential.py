@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from trace_ray.core.sequential import (
     SequentialConfig,
     SequentialState,
     blocks_to_catch,
+    decision_stands,
     interval,
     log_evidence,
     requests_per_block,
@@ -98,10 +100,28 @@ def test_the_stream_decides_as_the_arrays_do():
             )
 
 
-def test_a_decision_stays():
+def test_a_rollback_stays_and_a_candidate_that_breaks_after_its_promotion_is_rolled_back():
     state = update(SequentialState(), CONFIG, stream([True] * 60, [False] * 60))
     assert state.decision is Decision.ROLLBACK
     assert update(state, CONFIG, stream([False] * 600, [True] * 600)).decision is Decision.ROLLBACK
+    good = update(SequentialState(), CONFIG, stream([True] * 600, [True] * 600))
+    assert good.decision is Decision.PROMOTE
+    slightly = [i % 100 > 0 for i in range(3000)]  # by less than the margin: good enough stays so
+    kept = update(good, CONFIG, stream([True] * 3000, slightly))
+    assert kept == replace(kept, decision=good.decision, decided_blocks=good.decided_blocks)
+    broken = update(good, CONFIG, stream([True] * 300, [False] * 300))
+    assert broken.decision is Decision.ROLLBACK
+    assert broken.decided_blocks > good.decided_blocks
+
+
+def test_a_decision_can_be_made_again_and_a_forged_one_is_found():
+    for rates in ((0.9, 0.6), (0.9, 0.9)):
+        champion, candidate = draw(*rates, 2000, seed=5, seeds=1)
+        state = update(SequentialState(), CONFIG, stream(champion[0], candidate[0]))
+        assert state.decision is not Decision.CONTINUE
+        assert decision_stands(state, CONFIG)
+        assert not decision_stands(replace(state, decided_blocks=3, decided_total=1.5), CONFIG)
+    assert decision_stands(SequentialState(), CONFIG)
 
 
 def test_the_interval_agrees_with_the_decision():

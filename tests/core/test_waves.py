@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from trace_ray.core.sequential import Arm, SequentialConfig, blocks_to_catch, log_evidence
-from trace_ray.core.waves import Action, Observation, Status, Wave, WavePlan, WaveState, advance
+from trace_ray.core.waves import (
+    IDLE_S,
+    Action,
+    Observation,
+    Status,
+    Wave,
+    WavePlan,
+    WaveState,
+    advance,
+    evidence_problems,
+    live_evidence,
+    time_soaked,
+)
 from trace_ray.errors import DataError
 
 PLAN = WavePlan((Wave(("a",), 0.1, 60), Wave(("b", "c"), 0.5, 60)), 0.05, 0.2, 2.0)
@@ -82,6 +94,61 @@ def test_a_smaller_share_or_drop_needs_more_requests():
 def test_each_model_stands_in_one_wave():
     with pytest.raises(DataError, match="stands once"):
         WavePlan((Wave(("a",), 0.1, 0), Wave(("a",), 0.1, 0)), 0.05, 0.05, 1)
+
+
+def test_time_soaks_only_while_there_is_traffic():
+    assert time_soaked([], 100.0) == (0.0, 100.0)
+    assert time_soaked([160.0, 130.0], 100.0) == (60.0, 160.0)
+    assert time_soaked([90.0], 100.0) == (0.0, 90.0)  # a clock set back
+    # a clock set forward, an endpoint that was down
+    assert time_soaked([110.0, 1e6, 1e6 + 5], 100.0) == (10 + IDLE_S + 5, 1e6 + 5)
+
+
+def test_the_plan_survives_json():
+    assert WavePlan.from_row(json.loads(json.dumps(PLAN.to_row()))) == PLAN
+
+
+@pytest.mark.parametrize("candidate", [0.5, 0.9])
+def test_a_decision_is_made_again_from_its_evidence_and_a_forged_one_is_found(candidate):
+    seen = traffic(1, 600, "a", 0.9, candidate, succeeded=True)
+    state, (action,) = advance(PLAN, WaveState(), seen, 60)
+    evidence = json.loads(json.dumps(live_evidence(PLAN, state, action)))
+    assert (evidence["what"], evidence["wave"]) == (action.what, 1)
+    assert evidence_problems(evidence) == []
+    other = {"promote": "withdraw", "withdraw": "promote"}[action.what]
+    assert evidence_problems(evidence | {"what": other}) != []
+    assert evidence_problems(evidence | {"tests": {}}) != []
+    wider = evidence["test"] | {"alpha": 1e-9}
+    assert "can't have come to" in evidence_problems(evidence | {"test": wider})[0]
+
+
+def rollouts(plan, share, champion, candidate, requests, seeds):
+    """Simulate whole rollouts of one wave by ``advance``; return each one's actions."""
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(seeds):
+        state, done = WaveState(), []
+        candidates = rng.random(requests) < share
+        complies = rng.random(requests) < np.where(candidates, candidate, champion)
+        for start in range(0, requests, 200):  # a step looks at what came since
+            part = slice(start, start + 200)
+            seen = [
+                Observation("a", ARMS[int(arm)], bool(good), succeeded=True)
+                for arm, good in zip(candidates[part], complies[part], strict=True)
+            ]
+            state, actions = advance(plan, state, seen, 1.0)
+            done += [action.what for action in actions]
+        found.append(done)
+    return found
+
+
+def test_requests_to_catch_holds_for_traffic_that_arrives_at_random():
+    plan = WavePlan((Wave(("a",), 0.1, 1e9),), 0.05, 0.05, 2.0)
+    needed = plan.requests_to_catch(0.1, 0.95, 0.25)
+    caught = [done == ["withdraw"] for done in rollouts(plan, 0.1, 0.95, 0.7, needed + 199, 200)]
+    assert np.mean(caught) >= 0.95 - 2 * np.sqrt(0.95 * 0.05 / 200)
+    equal = [done == [] for done in rollouts(plan, 0.1, 0.95, 0.95, needed, 200)]
+    assert np.mean(equal) >= 0.95
 
 
 def withdrawn(plan, champion, candidate, blocks, seeds=1000):

@@ -32,7 +32,8 @@ def verify(
             bundle = verify_bundle(target, public_key)
             typer.echo(
                 f"{target}: run {bundle.run_id}: {bundle.records} records, unbroken; "
-                f"{bundle.gates} gate decisions made again alike; {bundle.signed}"
+                f"{bundle.gates} gate decisions and {bundle.live} of live traffic made "
+                f"again alike; {bundle.signed}"
             )
             return
         with nullcontext() if target.is_dir() else storage_of(target):

@@ -12,6 +12,8 @@ from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
 
 if TYPE_CHECKING:
     from trace_ray.core.waves import Wave, WavePlan, WaveState
+    from trace_ray.rollout.events import Tell
+    from trace_ray.rollout.waves import WaveRollout
 
 app = typer.Typer(help="Promote candidates, and take them back.", no_args_is_help=True)
 
@@ -79,10 +81,13 @@ def rollback(
 def start(config: ConfigPath) -> None:
     """Begin a rollout in waves of the candidates that the gate let through."""
     with exits_cleanly():
+        from trace_ray.rollout.events import telling
         from trace_ray.rollout.waves import WaveRollout
 
         rollout = WaveRollout(str(config))
         rollout.start()
+        with telling(str(config)) as tell:
+            tell("rollout.started", {"waves": rollout.plan.to_row()["waves"]})
         for number, wave in enumerate(rollout.plan.waves, 1):
             typer.echo(f"wave {number}: {', '.join(wave.models)}: {100 * wave.share:g}% of traffic")
             typer.echo(f"  {_samples_line(rollout.plan, wave)}")
@@ -96,40 +101,73 @@ def step(
 ) -> None:
     """Take in the live records that came since, and promote or withdraw; exit 1 once withdrawn."""
     with exits_cleanly():
+        from trace_ray.errors import BusyError, RegistryError
         from trace_ray.rollout.events import telling
         from trace_ray.rollout.waves import WaveRollout
 
-        rollout = WaveRollout(str(config))
+        rollout, lost = WaveRollout(str(config)), False
         with telling(str(config)) as tell:
             while True:
-                state, actions = rollout.step()
-                for action in actions:
-                    typer.echo(f"{action.model}: {action.what}: {action.reason}")
-                    about = {"model": action.model, "reason": action.reason}
-                    tell(_EVENTS[action.what], about | {"rollout": state.status})
-                typer.echo(_wave_line(state))
-                if not every or state.status in ("done", "stopped"):
-                    break
+                try:
+                    state = _stepped(rollout, tell)
+                except (RegistryError, BusyError) as error:
+                    if not every:
+                        raise
+                    # A registry that is away must not end the watch over a candidate.
+                    typer.echo(f"{error}; tried again in {every:g} s", err=True)
+                    if not lost:
+                        tell("rollout.waiting", {"error": str(error)})
+                    lost = True
+                else:
+                    lost = False
+                    if not every or state.status in ("done", "stopped"):
+                        break
                 time.sleep(every)
     sys.exit(1 if state.status == "stopped" else 0)
+
+
+def _stepped(rollout: WaveRollout, tell: Tell) -> WaveState:
+    """Take one step, and say and send what it led to; the report shows how it ended."""
+    from trace_ray.errors import TraceRayError
+    from trace_ray.rollout.html_report import write_html
+
+    before = rollout.state()
+    state, actions = rollout.step()
+    for action in actions:
+        typer.echo(f"{action.model}: {action.what}: {action.reason}")
+        about = {"model": action.model, "reason": action.reason}
+        tell(_EVENTS[action.what], about | {"rollout": state.status})
+    if state.status in ("done", "stopped") and before and before.status != state.status:
+        tell(f"rollout.{state.status}", {"reason": state.reason})
+        try:
+            typer.echo(f"report: {write_html(rollout.rollouts.source)}")
+        except TraceRayError as error:  # the decision stands without its page
+            typer.echo(f"the report could not be written anew: {error}", err=True)
+    typer.echo(_wave_line(state))
+    return state
 
 
 @app.command("pause")
 def pause(config: ConfigPath) -> None:
     """Stop taking in records; candidates stay where they are."""
-    with exits_cleanly():
-        from trace_ray.rollout.waves import WaveRollout
-
-        typer.echo(_wave_line(WaveRollout(str(config)).pause(True)))
+    _paused(config, True)
 
 
 @app.command("resume")
 def resume(config: ConfigPath) -> None:
     """Go on with a paused rollout."""
+    _paused(config, False)
+
+
+def _paused(config: ConfigPath, paused: bool) -> None:
     with exits_cleanly():
+        from trace_ray.rollout.events import telling
         from trace_ray.rollout.waves import WaveRollout
 
-        typer.echo(_wave_line(WaveRollout(str(config)).pause(False)))
+        state = WaveRollout(str(config)).pause(paused)
+        with telling(str(config)) as tell:
+            tell("rollout.paused" if paused else "rollout.resumed", {"wave": state.wave + 1})
+        typer.echo(_wave_line(state))
 
 
 def _samples_line(plan: WavePlan, wave: Wave) -> str:
@@ -143,6 +181,8 @@ def _samples_line(plan: WavePlan, wave: Wave) -> str:
 
 def _wave_line(state: WaveState) -> str:
     line = f"rollout: {state.status}, wave {state.wave + 1}, {state.soaked_s:.0f} s soaked"
+    if state.status == "running" and not state.tests:
+        line += "; no request of this rollout was recorded so far"
     for model, tests in state.tests.items():
         if (seen := tests.get("compliance")) is not None:
             line += (

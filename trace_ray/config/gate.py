@@ -30,5 +30,8 @@ class GateSection(Section):
     """Largest mean token KL on neutral prompts, nats; null = reported only."""
     required: tuple[Literal["capability", "over_refusal", "asr", "drift"], ...] = ()
     """Measures without which the gate holds."""
+    held_out: bool = True
+    """The gate holds where a judge that triaged the training data also measured: what it gets wrong
+    would count as a gain."""
     seed: int = 0
     """Of the bootstrap."""

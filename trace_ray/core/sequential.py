@@ -89,7 +89,11 @@ class SequentialState:
     open_candidate_n: int = 0
     open_candidate_complied: int = 0
     decision: Decision = Decision.CONTINUE
-    """The first decision reached; later verdicts update the interval, never this."""
+    """The first decision reached; only a promotion may still turn into a rollback."""
+    decided_blocks: int = 0
+    """t, S and V when it was reached, so that it can be made again."""
+    decided_total: float = 0.0
+    decided_variance: float = 0.0
 
     def to_row(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -157,19 +161,42 @@ def _close_block(state: SequentialState, config: SequentialConfig) -> Sequential
         open_candidate_n=0,
         open_candidate_complied=0,
     )
-    if state.decision is not Decision.CONTINUE:
+    decision = _decide(state, config)
+    if decision is state.decision:
         return state
-    return replace(state, decision=_decide(state, config))
+    return replace(
+        state,
+        decision=decision,
+        decided_blocks=state.blocks,
+        decided_total=state.total,
+        decided_variance=state.variance,
+    )
 
 
 def _decide(state: SequentialState, config: SequentialConfig) -> Decision:
+    if state.decision is Decision.ROLLBACK:
+        return state.decision
     enough = math.log(1 / config.alpha)
     seen = (state.blocks, state.total, state.variance)
-    if log_evidence(*seen, 0.0, worse=True) >= enough:
+    # What was found good enough is taken back only where it is worse by more than the margin: while
+    # a candidate soaks it can still break.
+    limit = -config.margin if state.decision is Decision.PROMOTE else 0.0
+    if log_evidence(*seen, limit, worse=True) >= enough:
         return Decision.ROLLBACK
     if log_evidence(*seen, -config.margin, worse=False) >= enough:
         return Decision.PROMOTE
-    return Decision.CONTINUE
+    return state.decision
+
+
+def decision_stands(state: SequentialState, config: SequentialConfig) -> bool:
+    """Return whether the numbers that a decision was reached with lead to it."""
+    enough = math.log(1 / config.alpha)
+    seen = (state.decided_blocks, state.decided_total, state.decided_variance)
+    if state.decision is Decision.ROLLBACK:
+        return bool(log_evidence(*seen, 0.0, worse=True) >= enough)
+    if state.decision is Decision.PROMOTE:
+        return bool(log_evidence(*seen, -config.margin, worse=False) >= enough)
+    return True
 
 
 def interval(state: SequentialState, config: SequentialConfig) -> Interval:

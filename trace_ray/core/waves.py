@@ -22,12 +22,16 @@ from trace_ray.core.sequential import (
     SequentialConfig,
     SequentialState,
     blocks_to_catch,
+    decision_stands,
     requests_per_block,
     update,
 )
 from trace_ray.errors import DataError
 
 TESTS = ("compliance", "success", "latency")
+
+IDLE_S = 300.0
+"""Longest time without a request that counts as soaking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,18 @@ class WavePlan:
         names = [name for wave in self.waves for name in wave.models]
         if not names or len(set(names)) < len(names):
             raise DataError("a rollout needs waves in which each model stands once")
+
+    def to_row(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {
+            "waves": [asdict(w) | {"models": list(w.models)} for w in self.waves]
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> WavePlan:
+        """Return the plan that ``to_row`` wrote."""
+        waves = tuple(Wave(**{**wave, "models": tuple(wave["models"])}) for wave in row["waves"])
+        return cls(**{**row, "waves": waves})
 
     def test(self) -> SequentialConfig:
         """Return the limits of each single test."""
@@ -152,7 +168,7 @@ def advance(
         state: so far.
         observations: in order of arrival; those of models outside the wave are left out, and all of
             them while the rollout is not running.
-        elapsed_s: seconds since the last call; less than 0 (a clock set back) counts as 0.
+        elapsed_s: seconds of traffic since the last call (``time_soaked``); less than 0 counts as 0.
     """
     if state.status is not Status.RUNNING:
         return state, []
@@ -179,6 +195,53 @@ def advance(
     if soaked_s < wave.soak_s:
         return state, []
     return _promote(plan, state, wave)
+
+
+def time_soaked(times_s: Iterable[float], since_s: float) -> tuple[float, float]:
+    """Return the seconds of traffic after ``since_s``, and the time up to which they are counted.
+
+    A pause between two requests counts as at most ``IDLE_S``: a clock set forward, an endpoint that
+    was down or a night without traffic soaks nothing. A clock set back counts as no time.
+
+    Args:
+        times_s: of the requests, in any order.
+        since_s: time up to which was counted before.
+    """
+    total = 0.0
+    for time_s in sorted(times_s):
+        total += min(max(0.0, time_s - since_s), IDLE_S)
+        since_s = time_s
+    return total, since_s
+
+
+def live_evidence(plan: WavePlan, state: WaveState, action: Action) -> dict[str, Any]:
+    """Return as JSON values what a decision rests on: enough to make it again (``evidence_problems``)."""
+    tests = state.tests.get(action.model, {})
+    return {
+        "what": action.what,
+        "reason": action.reason,
+        "wave": next(i for i, wave in enumerate(plan.waves, 1) if action.model in wave.models),
+        "test": asdict(plan.test()),
+        "tests": {name: test.to_row() for name, test in tests.items()},
+    }
+
+
+def evidence_problems(evidence: Mapping[str, Any]) -> list[str]:
+    """Make a decision of ``live_evidence`` again; return what doesn't lead to it, in words."""
+    limits = SequentialConfig(**evidence["test"])
+    tests = {name: SequentialState.from_row(row) for name, row in evidence["tests"].items()}
+    found = [
+        f"its {name} test can't have come to {test.decision}"
+        for name, test in tests.items()
+        if not decision_stands(test, limits)
+    ]
+    worse = [name for name, test in tests.items() if test.decision is Decision.ROLLBACK]
+    good = "compliance" in tests and tests["compliance"].decision is Decision.PROMOTE
+    if evidence["what"] == "withdraw" and not worse:
+        found.append("no test found the candidate worse")
+    if evidence["what"] == "promote" and (worse or not good):
+        found.append("its tests don't let the candidate through")
+    return found
 
 
 def _promote(plan: WavePlan, state: WaveState, wave: Wave) -> tuple[WaveState, list[Action]]:

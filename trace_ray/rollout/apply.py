@@ -90,10 +90,10 @@ def apply(
             found.ingested,
             found.results,
             found.kept,
+            found.judges,
             started,
         )
         report["corrections"] = found.triaged.corrections
-        report["judges"] = found.judges
         left = found.triaged.rows.of(Category.UNJUDGED) if found.triaged.rows else ()
         write_review(run_dir / REVIEW, inputs.policy, left)
         reports.write(inputs, run_dir, report, found.triaged.trained, found.results)
@@ -209,6 +209,7 @@ def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
         {
             "run_id": inputs.run_id,
             "models": rows,
+            "gate_config": inputs.config.gate.model_dump(mode="json"),
             "failed": report["failed"],
             "unchanged": report["unchanged"],
         },

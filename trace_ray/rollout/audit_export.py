@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,20 @@ from trace_ray import __version__
 from trace_ray.config import GateSection, load_config
 from trace_ray.core.audit import AuditHead, AuditRecord, chain_problems, head_of
 from trace_ray.core.policy import Policy, parse_policy
+from trace_ray.core.waves import evidence_problems
 from trace_ray.errors import AuditError, TraceRayError
 from trace_ray.rollout.gate import gate_rows
 from trace_ray.rollout.grading import OUTCOMES
 from trace_ray.rollout.plan import load_policy
 from trace_ray.rollout.report import REPORT, VERDICTS
+from trace_ray.rollout.second_judge import same_judge
 from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog, parse_chain, parse_head
 from trace_ray.runtime.bundle import read_bundle, write_bundle
 from trace_ray.runtime.store import read_rows, stream_rows
 
 SAMPLE = 200
 """Verdicts kept in a bundle: those whose pairs' digests are smallest, so that nobody picks them."""
+GATE = "gate/config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class VerifiedBundle:
     records: int
     gates: int
     """Gate decisions that were made again, with the same outcome."""
+    live: int
+    """Promotions and withdrawals by live traffic that were made again, with the same outcome."""
     signed: str
 
 
@@ -70,7 +75,7 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
         # Of what was checked: the files may have grown since.
         CHAIN: _lines(record.to_row() for record in records),
         HEAD: _json(_head_row(log, head_of(records))),
-        "gate/config.json": _json(config.gate.model_dump(mode="json")),
+        GATE: _json(_gate_config(records, report) or config.gate.model_dump(mode="json")),
     }
     if (run / VERDICTS).is_file():
         verdicts = heapq.nsmallest(
@@ -105,6 +110,14 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> VerifiedBundle:
             found.append(f"{HEAD}: {head.records} records were written, there are {len(records)}")
         found += _foreign(report, policy, records, bundle.about)
         gates = _gates(bundle.files, report, policy)
+        if (told := _gate_config(records, report)) and told != json.loads(bundle.files[GATE]):
+            found.append(f"{GATE}: is not what the chain says the gate was")
+        live = [record for record in records if record.evidence.get("live")]
+        found += [
+            f"{CHAIN}: record {record.number} ({record.what}): {problem}"
+            for record in live
+            for problem in evidence_problems(record.evidence["live"])
+        ]
     except (KeyError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, TraceRayError):
             raise AuditError(f"{path}: {error}") from None
@@ -112,7 +125,20 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> VerifiedBundle:
     found += [problem for problem in gates.values() if problem]
     if found:
         raise AuditError("\n".join(f"{path}: {problem}" for problem in found))
-    return VerifiedBundle(report["run_id"], len(records), len(gates), bundle.signed)
+    return VerifiedBundle(report["run_id"], len(records), len(gates), len(live), bundle.signed)
+
+
+def _gate_config(
+    records: Sequence[AuditRecord], report: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the gate's config that a run's decisions were made with; None in an older chain."""
+    wanted = sorted(model["registered_as"] for model in report["models"])
+    for record in reversed(records):
+        if record.what == "realign" and wanted == sorted(
+            row["registered_as"] for row in record.evidence["models"]
+        ):
+            return record.evidence.get("gate_config")
+    return None
 
 
 def _foreign(
@@ -144,7 +170,7 @@ def _foreign(
 
 def _gates(files: Mapping[str, bytes], report: Mapping[str, Any], policy: Policy) -> dict[str, str]:
     """Make each gate decision again; return model -> problem, empty where it comes out the same."""
-    section = GateSection.model_validate_json(files["gate/config.json"])
+    section = GateSection.model_validate_json(files[GATE])
     problems = {}
     for model in report["models"]:
         if model["gate"] is None:
@@ -152,8 +178,9 @@ def _gates(files: Mapping[str, bytes], report: Mapping[str, Any], policy: Policy
         folder = f"gate/{model['name']}"
         answers = [json.loads(line) for line in files[f"{folder}/answers.jsonl"].splitlines()]
         outcomes = json.loads(files.get(f"{folder}/{OUTCOMES}", b"{}"))
-        again = gate_rows(policy, answers, outcomes, section).to_row()
-        same = all(again[key] == model["gate"][key] for key in ("verdict", "n", "fixed", "broken"))
+        same_one = same_judge(report.get("judges"))
+        again = gate_rows(policy, answers, outcomes, section, same_one).to_row()
+        same = json.loads(json.dumps(again)) == model["gate"]
         problems[model["name"]] = "" if same else f"{folder}: does not lead to the gate's decision"
     return problems
 

@@ -16,18 +16,21 @@ from trace_ray.runtime.store import read_rows
 from trace_ray.types import EvalPrompt
 
 
-def gate_answers(policy: Policy, answers_path: str | Path, section: GateSection) -> GateDecision:
+def gate_answers(
+    policy: Policy, answers_path: str | Path, section: GateSection, same_judge: str = ""
+) -> GateDecision:
     """Decide on what ``rollout.grading`` wrote: compliance, clauses, and each further measure it has.
 
     Args:
         policy: whose checked clauses are compared.
         answers_path: ``answers.parquet``, with ``outcomes.json`` beside it.
         section: the config's ``gate``.
+        same_judge: that both triaged and measured, if any.
     """
     outcomes = Path(answers_path).with_name(OUTCOMES)
     # A measurement of an earlier version has none: its measures count as not made.
     more = json.loads(outcomes.read_text()) if outcomes.exists() else {}
-    return gate_rows(policy, read_rows(Path(answers_path)), more, section)
+    return gate_rows(policy, read_rows(Path(answers_path)), more, section, same_judge)
 
 
 def gate_rows(
@@ -35,6 +38,7 @@ def gate_rows(
     answers: Sequence[Mapping[str, Any]],
     outcomes: Mapping[str, Any],
     section: GateSection,
+    same_judge: str = "",
 ) -> GateDecision:
     """Decide on paired answers and outcomes.
 
@@ -44,6 +48,7 @@ def gate_rows(
         outcomes: ``capability``, ``over_refusal`` and ``asr`` as {before: [...], after: [...]},
             ``drift`` as one number per prompt; what is missing or null was not measured.
         section: the config's ``gate``.
+        same_judge: that both triaged and measured, if any.
     """
     violated: dict[str, list[set[str]]] = {
         side: [
@@ -71,16 +76,19 @@ def gate_rows(
         ),
         clauses,
         drift=tuple(drift) if drift else None,
+        same_judge=same_judge,
         **further,
     )
     return decide(evidence, GateConfig(**section.model_dump()))
 
 
 def gate_row(
-    policy: Policy, answers_path: str | None, section: GateSection
+    policy: Policy, answers_path: str | None, section: GateSection, same_judge: str = ""
 ) -> dict[str, Any] | None:
     """Return the decision as JSON values; None for a model that was not measured."""
-    return gate_answers(policy, answers_path, section).to_row() if answers_path else None
+    if not answers_path:
+        return None
+    return gate_answers(policy, answers_path, section, same_judge).to_row()
 
 
 def _paired(before: Sequence[float], after: Sequence[float]) -> PairedOutcomes:

@@ -191,6 +191,13 @@ def write_measures(
             "over_refusal": shares(refused),
             "asr": _asr_row(before.rates, after.rates, pairs, seed),
             "retention": {"kl": measured.kl} | kept | distinct,
+            "changes": {
+                name: paired_difference_interval(
+                    found[BEFORE], found[AFTER], seed, shares=True
+                ).to_row()
+                for name, found in named.items()
+                if found
+            },
         },
     )
 
@@ -260,11 +267,27 @@ def read_measures(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MEASURES).read_text())
 
 
-def task_means(kept: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Return (task, mean before, mean after) of each lm-evaluation-harness task in ``retention``."""
-    end = f"_{BEFORE}"
+def task_means(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (task, mean before and after with the interval of the difference) of a report's model.
+
+    The tasks are those of lm-evaluation-harness.
+    """
+    kept, end = model["retention"], f"_{BEFORE}"
     names = [key.removesuffix(end) for key in kept if key.startswith(LM_EVAL) and key.endswith(end)]
     return [
-        (name.removeprefix(LM_EVAL), kept[f"{name}_{BEFORE}"], kept[f"{name}_{AFTER}"])
+        (
+            name.removeprefix(LM_EVAL),
+            f"{kept[f'{name}_{BEFORE}']:.3f} -> {kept[f'{name}_{AFTER}']:.3f}"
+            + change(model, name, 1, ".3f"),
+        )
         for name in names
     ]
+
+
+def change(model: Mapping[str, Any], name: str, scale: float, form: str) -> str:
+    """Return the 95% interval of a measure's paired difference as " (+0.1 [-0.2, 0.4])", or ""."""
+    found = (model.get("changes") or {}).get(name)  # none in measures of an earlier version
+    if found is None:
+        return ""
+    value, low, high = (scale * found[key] for key in ("value", "ci_low", "ci_high"))
+    return f" ({value:+{form}} [{low:{form}}, {high:{form}}])"

@@ -17,9 +17,10 @@ import numpy as np
 from trace_ray.config import load_config
 from trace_ray.core.checks import violated_clauses
 from trace_ray.core.policy import Policy
+from trace_ray.core.sequential import SequentialConfig, SequentialState, interval
 from trace_ray.errors import DataError
 from trace_ray.rollout import charts
-from trace_ray.rollout.grading import task_means
+from trace_ray.rollout.grading import change, task_means
 from trace_ray.rollout.plan import load_policy, open_registry
 from trace_ray.rollout.report import REPORT, TRIAGED
 from trace_ray.rollout.second_judge import warning
@@ -85,6 +86,7 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) ->
     is_policy = policy.digest == report["policy"]["digest"]
     view = {
         "task_means": task_means,
+        "change": change,
         "judges": None,  # a report of an earlier version has none
         **report,
         "judges_warning": warning(report.get("judges")),
@@ -271,6 +273,25 @@ def _decisions(audit: Path) -> list[dict[str, Any]]:
             lines.append(f"{model['name']}: {made}" + (f" (gate: {gate})" if gate else ""))
         if record.evidence.get("forced"):
             lines.append(f"forced: {record.evidence['forced']}")
+        if live := record.evidence.get("live"):
+            lines += _live_lines(live)
+        if reason := record.evidence.get("reason"):
+            lines.append(reason)
         at = record.at[:16].replace("T", " ")
         rows.append({"at": at, "who": record.who, "what": record.what, "lines": lines})
     return rows
+
+
+def _live_lines(evidence: Mapping[str, Any]) -> list[str]:
+    """Return what live traffic said for a decision: each test's counts and confidence sequence."""
+    limits = SequentialConfig(**evidence["test"])
+    lines = []
+    for name, row in evidence["tests"].items():
+        state = SequentialState.from_row(row)
+        shown = interval(state, limits)
+        lines.append(
+            f"{name}: candidate {state.candidate_complied} of {state.candidate_n}, champion "
+            f"{state.champion_complied} of {state.champion_n}, difference {shown.value:+.3f} "
+            f"[{shown.ci_low:.3f}, {shown.ci_high:.3f}]"
+        )
+    return lines

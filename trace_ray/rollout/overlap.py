@@ -16,7 +16,7 @@ SHOWN = 3
 
 
 def refuse_overlap(inputs: Inputs, pairs: Path) -> None:
-    """Compare the evaluation's prompts with the training pairs', once per data and prompts.
+    """Compare all the evaluation's prompts with the training pairs', once per data and prompts.
 
     Args:
         inputs: of the run.
@@ -28,16 +28,27 @@ def refuse_overlap(inputs: Inputs, pairs: Path) -> None:
     evaluation = inputs.config.evaluation
     if evaluation is None:
         return
-    prompts = [item.prompt for item in inputs.prompts]
+    for source, prompts in (
+        (evaluation.prompts, [item.prompt for item in inputs.prompts]),
+        (evaluation.must_comply, inputs.must_comply),
+        (evaluation.must_refuse, inputs.must_refuse),
+        (evaluation.retention_prompts, inputs.retention),
+    ):
+        if source is not None:
+            _compare(inputs, pairs, source, prompts, evaluation.near_duplicate)
 
+
+def _compare(
+    inputs: Inputs, pairs: Path, source: str, prompts: list[Prompt], threshold: float
+) -> None:
     def work(out: Path) -> None:
-        _require_held_out(prompts, _prompts(pairs), evaluation.near_duplicate, evaluation.prompts)
+        _require_held_out(prompts, _prompts(pairs), threshold, source)
         write_json(out / "overlap.json", {"prompts": len(prompts), "overlap": 0})
 
     key = {
         "pairs": pairs.parent.name,
         "prompts": [[turn.to_row() for turn in prompt] for prompt in prompts],
-        "near_duplicate": evaluation.near_duplicate,
+        "near_duplicate": threshold,
     }
     inputs.store.stage("overlap", key, work)
 

@@ -9,7 +9,7 @@ starts: nobody reads a fleet that is promoted in part.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,12 @@ class Rollouts:
         self.audit = AuditLog(Path(self.config.storage, "audit"))
         self.journal = Journal(Path(self.config.storage, "rollout"))
 
-    def promote(self, names: Sequence[str] = (), force: str = "") -> dict[str, Any] | None:
+    def promote(
+        self,
+        names: Sequence[str] = (),
+        force: str = "",
+        evidence: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
         """Make each model's challenger its champion and return the change; None where nothing moves.
 
         A promotion that was cut short is finished instead, and returned.
@@ -85,6 +90,7 @@ class Rollouts:
         Args:
             names: models; empty = every model that has a challenger.
             force: why a model is promoted that the gate did not let through; kept in the audit chain.
+            evidence: of live traffic (``core.waves.live_evidence``); kept in the audit chain.
 
         Raises:
             RolloutError: the gate did not say promote for each of them, or another operator is at
@@ -102,7 +108,7 @@ class Rollouts:
                 (state, promotion_moves(state.aliases, state.aliases[CHALLENGER]))
                 for state in chosen
             ]
-            return self._change("promote", moves, force)
+            return self._change("promote", moves, force, evidence)
 
     def rollback(
         self, names: Sequence[str] = (), to_policy: str | None = None, force: str = ""
@@ -135,8 +141,13 @@ class Rollouts:
                 raise RolloutError("\n".join(refused))
             return self._change("rollback", moves, force)
 
-    def withdraw(self, name: str, reason: str) -> dict[str, Any] | None:
-        """Take a model's challenger out of the running; its champion stays. None where it has none."""
+    def withdraw(
+        self, name: str, reason: str, evidence: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Take a model's challenger out of the running; its champion stays. None where it has none.
+
+        ``evidence`` is kept in the audit chain, as that of a promotion.
+        """
         with self.journal.locked(user()):
             self._finish()
             (state,) = self.states([name])
@@ -144,7 +155,7 @@ class Rollouts:
             if candidate is None:
                 return None
             moves = [AliasMove(CHALLENGER, candidate.version, None)]
-            return self._change("withdraw", [(state, moves)], reason)
+            return self._change("withdraw", [(state, moves)], reason, evidence)
 
     def finish(self) -> dict[str, Any] | None:
         """Do the rest of a change that was cut short and return it; None where there is none."""
@@ -177,12 +188,17 @@ class Rollouts:
         return found
 
     def _change(
-        self, what: str, moves: list[tuple[ModelState, list[AliasMove]]], force: str
+        self,
+        what: str,
+        moves: list[tuple[ModelState, list[AliasMove]]],
+        force: str,
+        live: Mapping[str, Any] | None = None,
     ) -> dict[str, Any] | None:
         rows = [_model_row(state, planned) for state, planned in moves if planned]
         if not rows:
             return None
         change = {"id": uuid.uuid4().hex, "what": what, "who": user(), "forced": force or None}
+        change |= {"live": dict(live)} if live else {}
         self.journal.begin(change | {"models": rows})
         return self._finish()
 
@@ -196,7 +212,9 @@ class Rollouts:
                 self.registry.move_alias(row["registered"], move)
         if not any(record.evidence.get("id") == change["id"] for record in self.audit.records()):
             inputs = {f"adapter:{row['name']}": row["adapter_sha256"] for row in change["models"]}
-            evidence = {key: change[key] for key in ("id", "forced", "models")}
+            evidence = {
+                key: change[key] for key in ("id", "forced", "models", "live") if key in change
+            }
             self.audit.append(change["what"], inputs, evidence, change["who"])
         self.journal.done()
         return change
@@ -211,6 +229,14 @@ def not_promotable(state: ModelState, force: str) -> list[str]:
         return []
     said = f"{state.name}: {candidate.tags.get('adapter_id', candidate.registered_as)}"
     advice = "--force REASON promotes it nevertheless and keeps the reason"
+    champion = state.at(CHAMPION)
+    if champion is not None and not _compared_with(candidate, champion):
+        against = candidate.tags.get("parent_adapter") or "the base"
+        return [
+            f"{said}: was measured against {against}, but the champion is "
+            f"{champion.tags.get('adapter_id')}; apply again with adapter: "
+            f"models:/{state.registered}@{CHAMPION} for this model; {advice}"
+        ]
     if candidate.registered_as not in state.gates:
         return [f"{said}: the audit chain holds no gate decision on it; {advice}"]
     gate = state.gates[candidate.registered_as]
@@ -219,6 +245,16 @@ def not_promotable(state: ModelState, force: str) -> list[str]:
     if gate["verdict"] == GateVerdict.PROMOTE:
         return []
     return [f"{said}: the gate says {gate['verdict']} ({'; '.join(gate['reasons'])}); {advice}"]
+
+
+def _compared_with(candidate: RegisteredVersion, champion: RegisteredVersion) -> bool:
+    """Return whether a candidate was made from, and so measured against, this champion.
+
+    An adapter that was deployed as a folder has an id of its own: its digest's start is the same.
+    """
+    parent = candidate.tags.get("parent_adapter", "")
+    digest = champion.tags.get("adapter_sha256", "")[:8]
+    return parent == champion.tags.get("adapter_id") or parent.rpartition("-")[2] == digest != ""
 
 
 def _rollback_target(state: ModelState, to_policy: str | None, force: str) -> int:

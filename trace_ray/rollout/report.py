@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.errors import RegistryError
 from trace_ray.rollout.gate import gate_row
-from trace_ray.rollout.grading import task_means
+from trace_ray.rollout.grading import change, task_means
+from trace_ray.rollout.second_judge import same_judge
 from trace_ray.runtime.score import SCORES_FILE
 from trace_ray.runtime.store import stream_rows, write_json, write_rows, write_tables
 
@@ -39,10 +40,13 @@ def build(
     ingested: dict[str, int],
     results: dict[str, dict[str, Any]],
     unchanged: dict[str, str],
+    judges: dict[str, Any] | None,
     started: float,
 ) -> dict[str, Any]:
-    """Return the report of a run as JSON values; ``unchanged``: models kept as they are, and why."""
-    policy = inputs.policy
+    """Return the report of a run as JSON values; ``unchanged``: models kept as they are, and why;
+    ``judges``: who triaged and who measured (``rollout.second_judge``).
+    """
+    policy, same = inputs.policy, same_judge(judges)
     return {
         "run_id": inputs.run_id,
         "policy": {"id": policy.id, "version": policy.version, "digest": policy.digest},
@@ -66,12 +70,14 @@ def build(
             "agreement_with_gold": _gold_agreement(inputs, rows),
         },
         "models": [
-            _model(result) | {"gate": gate_row(policy, result["answers_path"], inputs.config.gate)}
+            _model(result)
+            | {"gate": gate_row(policy, result["answers_path"], inputs.config.gate, same)}
             for result in results.values()
             if "error" not in result
         ],
         "failed": {name: r["error"] for name, r in results.items() if "error" in r},
         "unchanged": unchanged,
+        "judges": judges,
         "wall_s": round(time.monotonic() - started, 1),
     }
 
@@ -135,6 +141,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
         if before and after
         else None,
         "retention": measures["retention"] if measures else None,
+        "changes": measures.get("changes") if measures else None,
         "over_refusal": measures["over_refusal"] if measures else None,
         "asr": measures.get("asr") if measures else None,
     }
@@ -323,7 +330,8 @@ def _cells(model: dict[str, Any]) -> list[str]:
     blimp = "-"
     if kept["blimp_before"] is not None:
         blimp = f"{100 * kept['blimp_before']:.1f} -> {100 * kept['blimp_after']:.1f}"
-    blimp = "\n".join([blimp, *(f"{task} {b:.3f} -> {a:.3f}" for task, b, a in task_means(kept))])
+        blimp += change(model, "blimp", 100, ".1f").replace(" ", "\n", 1)
+    blimp = "\n".join([blimp, *(f"{task} {means}" for task, means in task_means(model))])
     return [
         share(model["tpa_before"]),
         share(model["tpa_after"]),

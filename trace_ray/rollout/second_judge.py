@@ -108,12 +108,17 @@ def sample(rows: Sequence[Mapping[str, Any]], size: int) -> list[tuple[Any, str,
     return found
 
 
+def same_judge(row: Mapping[str, Any] | None) -> str:
+    """Return the judges that both triaged and measured, in one text; empty where there is none."""
+    return ", ".join(row["same"]) if row else ""
+
+
 def warning(row: Mapping[str, Any] | None) -> str | None:
     """Return what is wrong with a run's judges, in words; None where nothing is."""
-    if row is None or not row["same"]:
+    if not (same := same_judge(row)):
         return None
     return (
-        f"judge {', '.join(row['same'])} both triaged and measures: the gate is not held out; name "
+        f"judge {same} both triaged and measures: the gate is not held out; name "
         "another one in evaluation.judge (or in judge)"
     )
 

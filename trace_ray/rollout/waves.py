@@ -3,8 +3,9 @@
 Records are the endpoint's: jsonl files ``decisions-*.jsonl`` under ``<storage>/records``, complete
 once they have their name. A row names ``model`` and ``adapter`` (which arm); ``decision`` rows have a
 reply's ``label``, ``request`` rows ``failed`` and ``request_s``. Where ``name`` is not the model's own
-the client chose the arm, and the row doesn't count. State is one JSON file, written after what it
-led to was done; doing that twice is doing it once. It also tells the endpoint how to split traffic.
+the client chose the arm, and the row doesn't count. State is one JSON file, written under a lock after
+what it led to was done; doing that twice is doing it once. It also tells the endpoint how to split
+traffic. The audit chain tells of each start, pause, promotion, withdrawal and stop, with its evidence.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trace_ray.config import FleetConfig
 from trace_ray.config.rollout import WaveSection
+from trace_ray.config.serve import ServeSection
 from trace_ray.core.promotion import CHALLENGER, CHAMPION
 from trace_ray.core.sequential import Arm, SequentialConfig
 from trace_ray.core.split import Split
@@ -30,13 +33,19 @@ from trace_ray.core.waves import (
     WavePlan,
     WaveState,
     advance,
+    live_evidence,
+    time_soaked,
 )
 from trace_ray.errors import ConfigError, DataError, RolloutError
 from trace_ray.rollout.promotion import Rollouts, not_promotable
+from trace_ray.runtime.audit_log import user
+from trace_ray.runtime.journal import operators_lock
 from trace_ray.runtime.store import write_json
 from trace_ray.types import Label
 
 STATE, RECORDS = "waves.json", "records"
+WAIT_S = 60
+"""How long an operator waits for another's step."""
 
 
 def plan_of(config: FleetConfig, source: str) -> WavePlan:
@@ -71,6 +80,7 @@ class WaveRollout:
         self.rollouts = Rollouts(config_path)
         config = self.rollouts.config
         self.plan = plan_of(config, config_path)
+        """What the config asks for; a rollout under way keeps the plan it began with."""
         self.path = Path(config.storage, "rollout", STATE)
         self.records = Path(config.storage, RECORDS)
         self.clock = clock
@@ -79,71 +89,118 @@ class WaveRollout:
         """Begin a rollout of every wave's challengers; records so far don't count.
 
         Raises:
-            RolloutError: one is under way, or the gate did not say promote for each candidate.
+            RolloutError: one is under way, no verdict or split would ever come of the config's
+                ``serve`` section, or the gate did not say promote for each candidate.
         """
-        if (kept := self._read()) and kept["state"]["status"] in (Status.RUNNING, Status.PAUSED):
-            raise RolloutError("a rollout is under way; see 'trace-ray rollout status'")
-        names = [name for wave in self.plan.waves for name in wave.models]
-        states = self.rollouts.states(names)
-        refused = [text for state in states for text in not_promotable(state, "")]
-        arms: dict[str, dict[str, str]] = {}
-        for state in states:
-            champion, challenger = state.at(CHAMPION), state.at(CHALLENGER)
-            if champion is None:
-                refused.append(
-                    f"{state.name}: has no champion to compare with; promote it directly"
-                )
-            elif challenger is not None:
-                arms[state.name] = {
-                    champion.tags.get("adapter_id", ""): Arm.CHAMPION,
-                    challenger.tags.get("adapter_id", ""): Arm.CANDIDATE,
-                }
-        if refused:
-            raise RolloutError("\n".join(refused))
-        state = WaveState()
-        seen = sorted(path.name for path in self._files())
-        self._write(state, {"id": uuid.uuid4().hex, "arms": arms, "seen": seen})
-        self.rollouts.audit.append(
-            "rollout-start", {}, {"arms": arms, "waves": len(self.plan.waves)}
-        )
-        return state
+        with self._alone():
+            kept = self._read()
+            if kept and kept["state"]["status"] in (Status.RUNNING, Status.PAUSED):
+                raise RolloutError("a rollout is under way; see 'trace-ray rollout status'")
+            names = [name for wave in self.plan.waves for name in wave.models]
+            states = self.rollouts.states(names)
+            refused = _deaf(self.rollouts.config.serve)
+            refused += [text for state in states for text in not_promotable(state, "")]
+            refused += [
+                f"{state.name}: has no champion to compare with; promote it directly"
+                for state in states
+                if state.at(CHAMPION) is None
+            ]
+            if refused:
+                raise RolloutError("\n".join(refused))
+            arms, inputs = dict[str, dict[str, str]](), dict[str, str]()
+            for each in states:
+                for arm, alias in ((Arm.CHAMPION, CHAMPION), (Arm.CANDIDATE, CHALLENGER)):
+                    tags = each.version(each.aliases[alias]).tags
+                    arms.setdefault(each.name, {})[tags.get("adapter_id", "")] = arm
+                    inputs[f"{arm}:{each.name}"] = tags.get("adapter_sha256", "")
+            state, identity, plan = WaveState(), uuid.uuid4().hex, self.plan.to_row()
+            # First the chain: nothing happens to the traffic that it doesn't tell of.
+            self._record("rollout-start", {"rollout": identity, "arms": arms, "plan": plan}, inputs)
+            seen = sorted(path.name for path in self._files())
+            begun = {"id": identity, "arms": arms, "plan": plan, "soaked_to": self.clock()}
+            self._write(state, begun | {"seen": seen})
+            return state
 
     def step(self) -> tuple[WaveState, list[Action]]:
-        """Take in the records that came since, and do what they lead to."""
-        kept = self._kept()
-        state, seen = WaveState.from_row(kept["state"]), set(kept["seen"])
-        now = self.clock()
-        fresh = [path for path in self._files() if path.name not in seen]
-        observations = [each for path in fresh for each in _observations(path, kept["arms"])]
-        after, actions = advance(self.plan, state, observations, now - kept["at"])
-        for action in actions:
-            self._do(action, kept["arms"][action.model])
-        read = seen if state.status is not Status.RUNNING else seen | {p.name for p in fresh}
-        self._write(after, kept | {"seen": sorted(read)})
-        return after, actions
+        """Take in the records that came since, and do what they lead to.
+
+        A rollout whose champion or candidate somebody else has moved is stopped.
+        """
+        with self._alone():
+            kept = self._kept()
+            plan, state = WavePlan.from_row(kept["plan"]), WaveState.from_row(kept["state"])
+            if state.status is not Status.RUNNING:
+                return state, []
+            self.rollouts.finish()
+            if moved := self._moved(plan, state, kept["arms"]):
+                return self._stop(kept, state, "; ".join(moved)), []
+            fresh = [path for path in self._files() if path.name not in set(kept["seen"])]
+            rows = [row for path in fresh for row in _rows(path)]
+            observations = [o for row in rows if (o := _observation(row, kept["arms"]))]
+            times = [float(at) for row in rows if isinstance(at := row.get("time"), int | float)]
+            soaked_s, soaked_to = time_soaked(times, kept["soaked_to"])
+            after, actions = advance(plan, state, observations, soaked_s)
+            for action in actions:
+                evidence = {"rollout": kept["id"]} | live_evidence(plan, after, action)
+                self._do(action, kept["arms"][action.model], evidence)
+            seen = sorted({*kept["seen"], *(path.name for path in fresh)})
+            self._write(after, kept | {"seen": seen, "soaked_to": soaked_to})
+            return after, actions
 
     def pause(self, paused: bool) -> WaveState:
         """Pause or resume; the records of a pause don't count."""
-        kept = self._kept()
-        state = WaveState.from_row(kept["state"])
-        wanted, given = (
-            (Status.RUNNING, Status.PAUSED) if paused else (Status.PAUSED, Status.RUNNING)
-        )
-        if state.status is not wanted:
-            raise RolloutError(f"the rollout is {state.status}, not {wanted}")
-        state = replace(state, status=given)
-        seen = kept["seen"] if paused else sorted(path.name for path in self._files())
-        self._write(state, kept | {"seen": seen})
-        return state
+        with self._alone():
+            kept = self._kept()
+            state = WaveState.from_row(kept["state"])
+            wanted, given = Status.RUNNING, Status.PAUSED
+            if not paused:
+                wanted, given = given, wanted
+            if state.status is not wanted:
+                raise RolloutError(f"the rollout is {state.status}, not {wanted}")
+            changes = kept.get("changes", 0) + 1
+            what = "rollout-pause" if paused else "rollout-resume"
+            self._record(what, {"rollout": kept["id"], "change": changes})
+            state = replace(state, status=given)
+            kept |= {"changes": changes}
+            if not paused:
+                seen = sorted(path.name for path in self._files())
+                kept |= {"seen": seen, "soaked_to": self.clock()}
+            self._write(state, kept)
+            return state
 
     def state(self) -> WaveState | None:
         """Return where the rollout stands; None where none was started."""
         kept = self._read()
         return WaveState.from_row(kept["state"]) if kept else None
 
-    def _do(self, action: Action, arms: dict[str, str]) -> None:
+    def _moved(
+        self, plan: WavePlan, state: WaveState, arms: dict[str, dict[str, str]]
+    ) -> list[str]:
+        """Return which of the rollout's adapters somebody else has moved since it began, in words."""
+        found = []
+        for model in self.rollouts.states([name for wave in plan.waves for name in wave.models]):
+            before, candidate = arms[model.name]
+            champion, challenger = (
+                version and version.tags.get("adapter_id", "")
+                for version in (model.at(CHAMPION), model.at(CHALLENGER))
+            )
+            if champion == candidate:
+                continue
+            if model.name in state.promoted or champion != before:
+                wanted = candidate if model.name in state.promoted else before
+                found.append(f"{model.name}: its champion is {champion}, no longer {wanted}")
+            elif challenger not in (None, candidate):
+                found.append(f"{model.name}: its challenger is {challenger}, no longer {candidate}")
+        return found
+
+    def _stop(self, kept: dict[str, Any], state: WaveState, reason: str) -> WaveState:
+        self._record("rollout-stop", {"rollout": kept["id"], "reason": reason})
+        state = replace(state, status=Status.STOPPED, reason=reason)
+        self._write(state, kept)
+        return state
+
+    def _do(self, action: Action, arms: dict[str, str], evidence: dict[str, Any]) -> None:
         """Promote or withdraw the rollout's own candidate, unless that was done before."""
-        self.rollouts.finish()
         (candidate,) = (name for name, arm in arms.items() if arm == Arm.CANDIDATE)
         (state,) = self.rollouts.states([action.model])
         champion, challenger = state.at(CHAMPION), state.at(CHALLENGER)
@@ -156,9 +213,22 @@ class WaveRollout:
                 f"{action.model}: its challenger is no longer {candidate}; start a rollout of the new one"
             )
         if action.what == "promote":
-            self.rollouts.promote([action.model])
+            self.rollouts.promote([action.model], evidence=evidence)
         else:
-            self.rollouts.withdraw(action.model, action.reason)
+            self.rollouts.withdraw(action.model, action.reason, evidence)
+
+    def _record(
+        self, what: str, evidence: dict[str, Any], inputs: dict[str, str] | None = None
+    ) -> None:
+        """Add a record to the audit chain; what it tells already is not told twice."""
+        plain = json.loads(json.dumps(evidence))
+        known = [(record.what, record.evidence) for record in self.rollouts.audit.records()]
+        if (what, plain) not in known:
+            self.rollouts.audit.append(what, inputs or {}, plain)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Keep other operators off the rollout's state; a step of theirs is waited for."""
+        return operators_lock(self.path.with_name(".waves.lock"), user(), wait_s=WAIT_S)
 
     def _files(self) -> list[Path]:
         return sorted(self.records.glob("decisions-*.jsonl"))
@@ -166,7 +236,8 @@ class WaveRollout:
     def _kept(self) -> dict[str, Any]:
         if (kept := self._read()) is None:
             raise RolloutError("no rollout was started; 'trace-ray rollout start' begins one")
-        return kept
+        # A rollout that an earlier version began has no plan of its own.
+        return {"plan": self.plan.to_row(), "soaked_to": self.clock()} | kept
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -175,12 +246,25 @@ class WaveRollout:
             return None
 
     def _write(self, state: WaveState, kept: dict[str, Any]) -> None:
+        plan = WavePlan.from_row(kept["plan"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        splits = _splits(self.plan, state, kept.get("id", ""), kept["arms"])
+        splits = _splits(plan, state, kept.get("id", ""), kept["arms"])
         rows = {model: split.to_row() for model, split in splits.items()}
         now = {"state": state.to_row(), "at": self.clock(), "splits": rows}
-        now |= {"test": asdict(self.plan.test()), "waves": len(self.plan.waves)}
+        now |= {"test": asdict(plan.test()), "waves": len(plan.waves)}
         write_json(self.path, kept | now)
+
+
+def _deaf(serve: ServeSection) -> list[str]:
+    """Return why a rollout under this section would wait for ever; [] where it would not."""
+    found = []
+    if serve.compliance is None or serve.compliance.mode == "off":
+        found.append("serve.compliance: no reply is judged; set mode to shadow, annotate or block")
+    if serve.records is None:
+        found.append("serve.records: nothing is recorded; leave it out or give it a section")
+    if serve.aliases.refresh_s is None:
+        found.append("serve.aliases.refresh_s: the endpoint doesn't look for a split; give seconds")
+    return found
 
 
 def _splits(
@@ -257,25 +341,27 @@ def read_rollout(storage: Path) -> RolloutView | None:
         raise RolloutError(f"{path}: can't be read: {error}") from None
 
 
-def _observations(path: Path, arms: dict[str, dict[str, str]]) -> Iterator[Observation]:
-    """Yield what a file of records says of the arms; a line cut off by a crash is left out."""
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the decisions and requests of a file of records; a line cut off by a crash is left out."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(row, dict) or row.get("type", "decision") not in ("decision", "request"):
-            continue
-        if row.get("name", row.get("model")) != row.get("model"):
-            continue
-        arm = arms.get(str(row.get("model")), {}).get(str(row.get("adapter")))
-        if arm is None:
-            continue
-        complies = {str(Label.COMPLIES): True, str(Label.VIOLATES): False}.get(
-            str(row.get("label"))
-        )
-        latency = row.get("request_s")
-        latency = float(latency) if isinstance(latency, int | float) else None
-        failed = row.get("failed")
-        succeeded = None if failed is None else not failed
-        yield Observation(row["model"], Arm(arm), complies, succeeded, latency)
+        if isinstance(row, dict) and row.get("type", "decision") in ("decision", "request"):
+            yield row
+
+
+def _observation(row: dict[str, Any], arms: dict[str, dict[str, str]]) -> Observation | None:
+    """Return what a record says of an arm; None where it is of none, or the client chose the arm."""
+    if row.get("name", row.get("model")) != row.get("model"):
+        return None
+    arm = arms.get(str(row.get("model")), {}).get(str(row.get("adapter")))
+    if arm is None:
+        return None
+    complies = {str(Label.COMPLIES): True, str(Label.VIOLATES): False}.get(str(row.get("label")))
+    latency = row.get("request_s")
+    latency = float(latency) if isinstance(latency, int | float) else None
+    failed = row.get("failed")
+    succeeded = None if failed is None else not failed
+    return Observation(row["model"], Arm(arm), complies, succeeded, latency)

@@ -12,12 +12,13 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trace_ray.errors import RolloutError
+from trace_ray.errors import BusyError, RolloutError
 from trace_ray.runtime.store import write_json
 
 JOURNAL, LOCK = "journal.json", ".lock"
@@ -35,32 +36,9 @@ class Journal:
         """The journal's file; it exists while a change is under way or was cut short."""
         return self.folder / JOURNAL
 
-    @contextlib.contextmanager
-    def locked(self, user: str) -> Iterator[None]:
-        """Hold the operators' lock; it is free again when the process ends, however it ends.
-
-        Raises:
-            RolloutError: another process holds it.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / LOCK).open("a+")
-        except OSError as error:
-            raise RolloutError(f"{self.folder}: can't be used: {error.strerror}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise RolloutError(
-                    f"{self.folder}: another operator is at work ({file.read().strip()}); wait "
-                    "until that command has ended"
-                ) from None
-            file.truncate(0)
-            at = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(f"{user} on {socket.gethostname()}, process {os.getpid()}, since {at}")
-            file.flush()
-            yield
+    def locked(self, user: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the operators' lock; BusyError where another process holds it."""
+        return operators_lock(self.folder / LOCK, user)
 
     def pending(self) -> dict[str, Any] | None:
         """Return the change that was written down and not finished."""
@@ -87,3 +65,43 @@ class Journal:
     def done(self) -> None:
         """Forget the change: all its steps were done."""
         self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def operators_lock(path: Path, user: str, wait_s: float = 0) -> Iterator[None]:
+    """Hold a lock file; it is free again when the process ends, however it ends.
+
+    Args:
+        path: of the lock file; its folder is made.
+        user: who holds it, for those who are refused.
+        wait_s: how long to wait for another holder.
+
+    Raises:
+        BusyError: another process holds it, and did for ``wait_s``.
+        RolloutError: the folder can't be used.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise RolloutError(f"{path.parent}: can't be used: {error.strerror}") from None
+    deadline = time.monotonic() + wait_s
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                raise BusyError(
+                    f"{path.parent}: another operator is at work ({file.read().strip()}); wait "
+                    "until that command has ended"
+                ) from None
+        file.truncate(0)
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"{user} on {socket.gethostname()}, process {os.getpid()}, since {at}")
+        file.flush()
+        yield
