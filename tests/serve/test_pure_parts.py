@@ -27,7 +27,7 @@ from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import MODES, Act, act_on, effective_mode, sampled, withheld
 from trace_ray.serve.police import Police
 from trace_ray.serve.records import RecordWriter, Redactor, read_records
-from trace_ray.serve.requests import RequestError, check_limits, content_text, read_json
+from trace_ray.serve.requests import RequestError, content_text, limited, read_json
 from trace_ray.serve.turn import Turn
 from trace_ray.serve.windows import Window, beginning_policy
 from trace_ray.types import Label, Message
@@ -135,14 +135,24 @@ def test_a_body_is_read_or_refused_with_400(raw):
         assert error.status == 400
 
 
-@given(st.dictionaries(st.sampled_from(["n", "best_of", "max_tokens", "prompt"]), _JSON))
-def test_limits_hold_or_refuse(body):
-    _, error = _tried(lambda: check_limits(body, Limits(max_n=4, max_tokens=10), 100))
+_COUNTED = ["n", "best_of", "max_tokens", "max_completion_tokens", "prompt"]
+
+
+@given(st.sampled_from(["chat", "completion"]), st.dictionaries(st.sampled_from(_COUNTED), _JSON))
+def test_limits_hold_or_refuse(kind, body):
+    found, error = _tried(lambda: limited(kind, body, Limits(max_n=4, max_tokens=10), 100))
     if error is None:
-        assert (body.get("max_tokens") or 1) <= 10
-        assert (body.get("n") or 1) <= 4
+        taken = found.get("max_completion_tokens") if kind == "chat" else None
+        taken = found.get("max_tokens") if taken is None else taken
+        assert 1 <= taken <= 10
+        assert (found.get("n") or 1) <= 4
     else:
         assert error.status == 400
+
+
+def test_a_completion_that_names_no_limit_keeps_its_default():
+    assert limited("completion", {}, Limits(max_tokens=50), 100)["max_tokens"] == 16
+    assert limited("chat", {}, Limits(), 100) == {}
 
 
 @settings(max_examples=60)

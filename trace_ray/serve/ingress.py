@@ -19,8 +19,14 @@ from starlette.exceptions import HTTPException
 
 from trace_ray.config.serve import Limits, Mode, Records
 from trace_ray.serve.admission import Admission
-from trace_ray.serve.answers import Kind
-from trace_ray.serve.calls import CLIENT_LEFT, Call, HeldStream, sticky_key, until_end
+from trace_ray.serve.calls import (
+    CLIENT_LEFT,
+    Call,
+    FailsInForm,
+    HeldStream,
+    sticky_key,
+    until_end,
+)
 from trace_ray.serve.config import ComplianceTable, Follow, Route, ServedModel
 from trace_ray.serve.dashboard import DashboardRoutes, LiveData, pages
 from trace_ray.serve.engines import Engines, events
@@ -31,10 +37,11 @@ from trace_ray.serve.modes import effective_mode
 from trace_ray.serve.police import Police
 from trace_ray.serve.records import RecordWriter
 from trace_ray.serve.requests import (
+    Kind,
     RequestError,
     chat_prompt,
-    check_limits,
     error_row,
+    limited,
     read_json,
     take_mode,
     text_prompts,
@@ -52,6 +59,7 @@ FIRST_LOOK_S = 15
 
 api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
 api.include_router(pages)
+api.add_middleware(FailsInForm)
 
 
 @api.exception_handler(HTTPException)
@@ -269,9 +277,9 @@ class Ingress(DashboardRoutes):
         return route
 
     async def _answer(self, kind: Kind, call: Call) -> Response:
-        body, route = call.body, call.route
-        mode = self._mode(call)
-        check_limits(body, self._door.limits, self._max_model_len)
+        mode, route = self._mode(call), call.route
+        body = limited(kind, call.body, self._door.limits, self._max_model_len)
+        call = call._replace(body=body)
         headers = {
             ADAPTER_HEADER: call.adapter,
             MODE_HEADER: mode,
@@ -283,21 +291,24 @@ class Ingress(DashboardRoutes):
         started = time.monotonic()
         own_usage = body.get("stream") is True and "stream_options" not in body
         sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
-        status, streaming, parts = await self._engines.begin(kind, sent, route)
-        if streaming:
+        begun = await self._engines.begin(kind, sent, route)
+        if begun.streams:
             seen = self._metrics.watch(route.model, started, hide_usage=own_usage)
-            stream = events(parts, started + self._door.limits.timeout_s, seen)
+            stream = events(begun, started + self._door.limits.timeout_s, seen)
             stream = turn.streamed(stream) if turn else stream
             ending = until_end(stream, lambda status: self._ended(call, status))
             response = HeldStream(ending, headers)
-            response.held.callback(parts.cancel)
+            response.held.callback(begun.parts.cancel)
             return response
-        text = "".join([part async for part in parts])
+        status, text = begun.status, begun.text
         if turn is not None and status == 200:
 
             async def again(body: dict[str, Any]) -> tuple[int, str]:
-                status, _, parts = await self._engines.begin(kind, body, route)
-                return status, "".join([part async for part in parts])
+                try:
+                    second = await self._engines.begin(kind, body, route)
+                except RequestError as error:  # the first answer is decided on without it
+                    return error.status, ""
+                return second.status, second.text
 
             text = await turn.whole(text, again)
         if status == 200:

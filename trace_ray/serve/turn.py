@@ -12,7 +12,6 @@ from typing import Any
 from trace_ray.config.serve import Mode
 from trace_ray.serve.answers import (
     DONE,
-    Kind,
     add_usage,
     event_text,
     read_event,
@@ -25,6 +24,7 @@ from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import Act, act_on, sampled, withheld
 from trace_ray.serve.police import Judged, Police
 from trace_ray.serve.records import RecordWriter
+from trace_ray.serve.requests import Kind
 from trace_ray.serve.windows import Window
 from trace_ray.types import Label, Message, Prompt
 
