@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,23 @@ def test_shadow_judges_after_the_reply(post: Post, folder: Path) -> None:
     assert (row["label"], row["acted"], row["mode"]) == ("violates", "passed", "shadow")
 
 
+def test_a_disk_that_takes_no_record_fails_no_reply(post: Post, folder: Path, url: str) -> None:
+    edit = {"model": "noted", "request_id": "nobody", "response": "Better."}
+    (folder / "records").rename(folder / "away")
+    try:
+        status, answer, _ = post("chat/completions", _body("noted", "a trigger"))
+        assert (status, answer["compliance"]["verdicts"][0]["label"]) == (200, "violates")
+        status, answer, headers = post("compliance/edits", edit)
+        assert (status, answer["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert int(headers["retry-after"]) > 0
+        found = ready(url)["records"]
+        assert found == "records can't be written: No such file or directory"
+    finally:
+        (folder / "away").rename(folder / "records")
+    assert post("compliance/edits", edit)[0] == 200
+    assert ready(url) == {"status": "ok"}
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -224,8 +242,10 @@ def test_what_asks_for_too_much_is_refused(post: Post, body: bytes, status: int)
     assert (found, answer["error"]["code"]) == (status, status)
 
 
-def test_ready(url: str) -> None:
-    import urllib.request
-
+def ready(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(f"{url}/readyz", timeout=60) as answer:
-        assert json.load(answer) == {"status": "ok"}
+        return json.load(answer)
+
+
+def test_ready(url: str) -> None:
+    assert ready(url) == {"status": "ok"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -272,6 +274,26 @@ def test_records_are_whole_files_without_texts_unless_allowed(tmp_path):
     dead.write_text('{"n": 4}\n{"n": 5')
     RecordWriter(str(tmp_path), Records())
     assert {row["n"] for row in read_records(tmp_path)} == {1, 2, 3, 4}
+
+
+def test_a_full_disk_leaves_whole_rows_alone(tmp_path):
+    lost = []
+    writer = RecordWriter(str(tmp_path), Records(), lambda: lost.append(1))
+    assert writer.keep({"n": 1})
+    (draft,) = tmp_path.iterdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (draft.stat().st_size + 20, before[1]))
+    try:
+        assert [writer.keep({"n": 2, "text": "x" * 40}) for _ in range(2)] == [False, False]
+        assert (len(lost), writer.problem) == (2, "records can't be written: No space left on device")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert writer.keep({"n": 3})
+    assert writer.problem == ""
+    writer.rotate(close=True)
+    assert list(read_records(tmp_path)) == [{"n": 1}, {"n": 3}]
 
 
 @given(st.text(), st.text())

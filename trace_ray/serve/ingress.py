@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -124,11 +124,11 @@ class Ingress(DashboardRoutes):
         self._door = Admission(Limits.model_validate(user_config["limits"]), user_config["keys"])
         self._max_model_len: int = user_config["max_model_len"]
         if self._records is not None:
-            self._records.rotate(close=True)
+            self._records.tidy(close=True)
         self._records = None
         if (folder := user_config["records_folder"]) is not None:
             settings = Records.model_validate(user_config["records"])
-            self._records = RecordWriter(folder, settings)
+            self._records = RecordWriter(folder, settings, self._metrics.record_lost)
         storage = None if follow is None else follow["storage"]
         self._live = LiveData(folder, storage, self._police, lambda: (self._table, self._follower))
         if starts and self._follower is not None:
@@ -141,7 +141,7 @@ class Ingress(DashboardRoutes):
         While traffic is split it is always old enough: the rollout waits for it.
         """
         if self._records is not None:
-            self._records.rotate(close=bool(self._table.splits))
+            self._records.tidy(close=bool(self._table.splits))
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> JSONResponse:
@@ -174,9 +174,14 @@ class Ingress(DashboardRoutes):
         if self._door.full:
             return JSONResponse({"status": "busy"}, 503, {"retry-after": "1"})
         response = await self.healthz()
-        if response.status_code == 200 and self._follower is not None:
-            return JSONResponse({"status": "ok", "registry": self._follower.status()})
-        return response
+        if response.status_code != 200:
+            return response
+        row: dict[str, Any] = {"status": "ok"}
+        if self._follower is not None:
+            row["registry"] = self._follower.status()
+        if self._records is not None and self._records.problem:
+            row["records"] = self._records.problem
+        return JSONResponse(row)
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
@@ -255,8 +260,7 @@ class Ingress(DashboardRoutes):
         """Record how a request ended; a disk that is full fails no request."""
         row = call.outcome(status)
         if row is not None and self._records is not None:
-            with suppress(OSError):
-                self._records.write(row)
+            self._records.keep(row)
 
     def _show_in_flight(self) -> None:
         self._metrics.in_flight(self._door.in_flight)
@@ -388,14 +392,16 @@ class Ingress(DashboardRoutes):
         if self._records is None or not self._records.keeps_texts:
             raise RequestError(409, "this endpoint keeps no texts (records.texts)", None)
         row |= {"request_id": request_id[:64], "index": index}
-        self._records.write(row, {"response": reply})
+        if not self._records.keep(row, {"response": reply}):
+            message = "the edit can't be recorded now; send it again"
+            raise RequestError(503, message, None, "ServiceUnavailableError", retry_after_s=30)
         return JSONResponse({"recorded": True})
 
     def __del__(self) -> None:
         """Finish the file of records."""
         records = getattr(self, "_records", None)
         if records is not None:
-            records.rotate(close=True)
+            records.tidy(close=True)
 
     def _card(self, route: Route) -> dict[str, Any]:
         return {

@@ -35,6 +35,7 @@ class Metrics:
         self._looks = _counter("alias_looks", "Looks at the registry's aliases", "result")
         self._moves = _counter("alias_moves", "Names that lead to another adapter", "model")
         self._refused = _counter("adapters_refused", "Versions not put in service", "model")
+        self._lost = _counter("records_lost", "Rows of the records that could not be written")
         self._in_flight = Gauge("trace_ray_in_flight", "Requests being answered")
 
     def answered(self, path: str, model: str, status: int, seconds: float) -> None:
@@ -75,6 +76,10 @@ class Metrics:
             return not hide_usage
 
         return seen
+
+    def record_lost(self) -> None:
+        """Count a row of the records that could not be written."""
+        self._lost.inc()
 
     def in_flight(self, count: int) -> None:
         """Show how many requests are being answered."""

@@ -281,4 +281,4 @@ class Turn:
             "retried": retried,
             "reason": judged.verdict.reason,
         }
-        self.records.write(row, texts)
+        self.records.keep(row, texts)
