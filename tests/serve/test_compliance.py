@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,46 @@ def test_shadow_judges_after_the_reply(post: Post, folder: Path) -> None:
     assert "compliance" not in answer
     row = _records(folder, headers["x-request-id"])[0]
     assert (row["label"], row["acted"], row["mode"]) == ("violates", "passed", "shadow")
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "label"),
+    [
+        ("noted", "a trigger", "violates"),
+        ("watched", "a trigger", "violates"),
+        ("guarded", "hello", "complies"),
+    ],
+)
+def test_what_a_client_got_that_left_early_is_judged(
+    url: str, folder: Path, model: str, text: str, label: str
+) -> None:
+    body = json.dumps(_body(model, text, max_tokens=480, stream=True)).encode()
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    said = ""
+    while len(said) < 8:
+        event = answer.readline().decode().removeprefix("data: ").strip()
+        for choice in json.loads(event)["choices"] if event else ():
+            said += choice["delta"].get("content") or ""
+    answer.close()
+    connection.close()
+    (row,) = _records(folder, answer.headers["x-request-id"])
+    assert (row["acted"], row["label"], row["adapter"]) == ("broken_off", label, "base")
+    assert row["response"].startswith(said)
+
+
+def test_a_check_is_recorded(post: Post, folder: Path) -> None:
+    def checks() -> list[dict[str, Any]]:
+        rows = read_records(folder / "records")
+        return [row for row in rows if row["type"] == "check" and row["response"] == "Me: [email]"]
+
+    exchange = {"model": "noted", "prompt": "a trigger", "response": "Me: me@x.org"}
+    assert post("compliance/check", exchange)[0] == 200
+    (row,) = checks()
+    assert (row["label"], row["clause"], row["policy"]) == ("violates", "no-answer", "tiny 1")
+    assert (row["shadow"]["policy"], row["shadow"]["label"]) == ("tiny 2", "violates")
 
 
 def test_a_disk_that_takes_no_record_fails_no_reply(post: Post, folder: Path, url: str) -> None:

@@ -61,6 +61,8 @@ class Limits(Section):
     """Requests a key may send at once before its rate counts."""
     max_in_flight: int = Field(default=256, ge=1, le=500)
     """Requests answered at a time; more are refused (429 with Retry-After)."""
+    body_timeout_s: float = Field(default=60, gt=0)
+    """A body that takes longer to arrive is given up (408): it holds a place meanwhile."""
     timeout_s: float = Field(default=600, gt=0)
     """A request that takes longer is given up (504)."""
 

@@ -14,10 +14,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trace_ray.serve.answers import read_event, reply_text
 from trace_ray.serve.config import Route
 from trace_ray.serve.keys import KeyRecord
 from trace_ray.serve.replica import BASE_NAME
-from trace_ray.serve.requests import error_row
+from trace_ray.serve.requests import Kind, error_row
 
 KEY_HEADER = "x-request-key"
 CLIENT_LEFT = 499
@@ -44,6 +45,11 @@ class Call(NamedTuple):
         """Who answers."""
         return self.route.adapter_id or BASE_NAME
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since it came."""
+        return time.monotonic() - self.started
+
     def outcome(self, status: int) -> dict[str, Any] | None:
         """Return the record of how it ended; None where nothing is recorded.
 
@@ -61,7 +67,7 @@ class Call(NamedTuple):
             "adapter": self.adapter,
             "status": status,
             "failed": failed,
-            "request_s": round(time.monotonic() - self.started, 4),
+            "request_s": round(self.age_s, 4),
         }
 
 
@@ -69,6 +75,19 @@ def sticky_key(headers: Mapping[str, str], body: Mapping[str, Any], request_id: 
     """Return what a split goes by: the header, OpenAI's ``user``, else the request itself."""
     user = body.get("user")
     return headers.get(KEY_HEADER) or (user if isinstance(user, str) else "") or request_id
+
+
+async def timed(
+    parts: AsyncIterator[str], kind: Kind, first: Callable[[], None]
+) -> AsyncIterator[str]:
+    """Yield what goes out of a stream and tell when its first text does."""
+    said = False
+    async for part in parts:
+        row = None if said else read_event(part)
+        if row is not None and any(reply_text(kind, each) for each in row.get("choices", ())):
+            said = True
+            first()
+        yield part
 
 
 async def until_end(parts: AsyncIterator[str], ended: Callable[[int], None]) -> AsyncIterator[str]:

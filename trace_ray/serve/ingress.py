@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from trace_ray.config.serve import Limits, Mode, Records
+from trace_ray.serve import compliance
 from trace_ray.serve.admission import Admission
 from trace_ray.serve.calls import (
     CLIENT_LEFT,
@@ -25,6 +26,7 @@ from trace_ray.serve.calls import (
     FailsInForm,
     HeldStream,
     sticky_key,
+    timed,
     until_end,
 )
 from trace_ray.serve.config import ComplianceTable, Follow, Route, ServedModel
@@ -48,7 +50,6 @@ from trace_ray.serve.requests import (
 )
 from trace_ray.serve.table import NameTable
 from trace_ray.serve.turn import Turn
-from trace_ray.types import Prompt
 
 ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
@@ -198,12 +199,20 @@ class Ingress(DashboardRoutes):
     @api.post("/v1/compliance/check")
     async def check(self, request: Request) -> Response:
         """Judge a reply that is given; nothing is generated."""
-        return await self._counted("compliance/check", request, self._check)
+        return await self._counted(
+            "compliance/check",
+            request,
+            lambda call: compliance.check(
+                call, self._police.get(call.route.model), self._metrics, self._records
+            ),
+        )
 
     @api.post("/v1/compliance/edits")
     async def edits(self, request: Request) -> Response:
         """Record what a person would have answered, for the next realignment."""
-        return await self._counted("compliance/edits", request, self._edit)
+        return await self._counted(
+            "compliance/edits", request, lambda call: compliance.edit(call, self._records)
+        )
 
     async def _counted(
         self,
@@ -297,12 +306,15 @@ class Ingress(DashboardRoutes):
         sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
         begun = await self._engines.begin(kind, sent, route)
         if begun.streams:
-            seen = self._metrics.watch(route.model, started, hide_usage=own_usage)
+            seen = self._metrics.watch(route.model, hide_usage=own_usage)
             stream = events(begun, started + self._door.limits.timeout_s, seen)
             stream = turn.streamed(stream) if turn else stream
+            stream = timed(stream, kind, lambda: self._metrics.first_text(route.model, call.age_s))
             ending = until_end(stream, lambda status: self._ended(call, status))
             response = HeldStream(ending, headers)
             response.held.callback(begun.parts.cancel)
+            if turn is not None:
+                response.held.callback(turn.ended)
             return response
         status, text = begun.status, begun.text
         if turn is not None and status == 200:
@@ -317,7 +329,7 @@ class Ingress(DashboardRoutes):
             text = await turn.whole(text, again)
         if status == 200:
             self._metrics.tokens(route.model, json.loads(text).get("usage"))
-            self._metrics.first_text(route.model, time.monotonic() - started)
+            self._metrics.first_text(route.model, call.age_s)
         return Response(text, status, headers, "application/json")
 
     def _mode(self, call: Call) -> Mode:
@@ -338,64 +350,20 @@ class Ingress(DashboardRoutes):
     def _turn(self, kind: Kind, call: Call, mode: Mode) -> Turn | None:
         if mode == "off":
             return None
+        body = call.body
         return Turn(
             kind=kind,
-            body=call.body,
+            body=body,
             model=call.route.model,
             adapter=call.adapter,
             mode=mode,
             request_id=call.request_id,
             name=call.route.name,
             police=self._police[call.route.model],
-            prompts=self._prompts(kind, call.body),
+            prompts=[chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body),
             metrics=self._metrics,
             records=self._records,
         )
-
-    def _prompts(self, kind: Kind, body: Mapping[str, Any]) -> list[Prompt]:
-        return [chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body)
-
-    async def _check(self, call: Call) -> Response:
-        """Judge ``{model, messages | prompt, response}``."""
-        police = self._police.get(call.route.model)
-        if police is None:
-            message = f"model {call.route.model} is served without a policy"
-            raise RequestError(400, message, "model")
-        body = call.body
-        prompt = self._prompts("chat", body) if "messages" in body else text_prompts(body)
-        reply = body.get("response")
-        if not isinstance(reply, str):
-            raise RequestError(400, "'response' must be a text", "response")
-        if len(prompt) != 1:
-            raise RequestError(400, "'prompt' must be one text", "prompt")
-        judged, shadow = await asyncio.gather(
-            police.judge(prompt[0], reply), police.judge_shadow(prompt[0], reply)
-        )
-        name = f"{police.policy.id} {police.policy.version}"
-        self._metrics.judged(call.route.model, name, judged)
-        row = {"model": call.route.name, "policy": name, **judged.public()}
-        row |= {"latency_s": round(judged.latency_s, 6)}
-        if shadow is not None and police.shadow is not None:
-            next_name = f"{police.shadow.id} {police.shadow.version}"
-            row["shadow"] = {"policy": next_name, **shadow.public()}
-        return JSONResponse(row)
-
-    async def _edit(self, call: Call) -> Response:
-        """Record ``{model, request_id, response[, index]}``."""
-        row = {"type": "edit", "time": round(time.time(), 3), "model": call.route.model}
-        request_id, reply = call.body.get("request_id"), call.body.get("response")
-        index = call.body.get("index", 0)
-        if not isinstance(request_id, str) or not isinstance(reply, str) or not reply.strip():
-            raise RequestError(400, "'request_id' and 'response' must be texts", "request_id")
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise RequestError(400, "'index' must be a whole number", "index")
-        if self._records is None or not self._records.keeps_texts:
-            raise RequestError(409, "this endpoint keeps no texts (records.texts)", None)
-        row |= {"request_id": request_id[:64], "index": index}
-        if not self._records.keep(row, {"response": reply}):
-            message = "the edit can't be recorded now; send it again"
-            raise RequestError(503, message, None, "ServiceUnavailableError", retry_after_s=30)
-        return JSONResponse({"recorded": True})
 
     def __del__(self) -> None:
         """Finish the file of records."""

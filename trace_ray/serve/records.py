@@ -165,6 +165,7 @@ def _append(file: BinaryIO, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:
         file.truncate(end)
+        file.seek(end)
         raise
 
 
