@@ -12,11 +12,15 @@ from typing import Any
 
 import openai
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from trace_ray.cli import app
+from trace_ray.serve.config import ServeConfig
 from trace_ray.serve.records import read_records
 from trace_ray.serve.requests import MAX_DEPTH
 
-from .served_models import MESSAGE, Post
+from .served_models import MESSAGE, POLICY, Post
 
 CHECK = "x-trace-ray-compliance"
 
@@ -247,6 +251,33 @@ def test_a_check_is_recorded(post: Post, folder: Path) -> None:
     (row,) = checks()
     assert (row["label"], row["clause"], row["policy"]) == ("violates", "no-answer", "tiny 1")
     assert (row["shadow"]["policy"], row["shadow"]["label"]) == ("tiny 2", "violates")
+
+
+def test_an_edit_becomes_a_pair_of_the_next_realignment(
+    post: Post, folder: Path, tmp_path: Path, config: ServeConfig
+) -> None:
+    _, answer, headers = post("chat/completions", _body("noted", "a trigger to be edited"))
+    said, request_id = answer["choices"][0]["message"]["content"], headers["x-request-id"]
+    assert _records(folder, request_id)
+    edit = {"model": "noted", "request_id": request_id, "response": "I had rather not."}
+    assert post("compliance/edits", edit)[1] == {"recorded": True}
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(POLICY))
+    (tmp_path / "pairs.jsonl").touch()
+    section = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": "noted", "base": config.models[0].base}],
+        "storage": str(folder),
+    }
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(section))
+    out = tmp_path / "harvested.jsonl"
+    done = CliRunner().invoke(app, ["harvest", str(tmp_path / "fleet.yaml"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "edited" in done.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    (row,) = [row for row in rows if row["source"] == f"noted:{request_id}:0"]
+    assert (row["chosen"], row["rejected"]) == (said, "I had rather not.")
 
 
 def test_a_disk_that_takes_no_record_fails_no_reply(post: Post, folder: Path, url: str) -> None:

@@ -127,6 +127,8 @@ class ServeSection(Section):
     """File of ``trace-ray keys``; null = everybody who reaches the port may use the endpoint."""
     replicas: Replicas = 1
     """Engines per base: a number, or {min, max, ongoing}."""
+    require_fingerprint: bool = False
+    """Refuse an adapter that has no ``fingerprint.json``, as one from elsewhere may."""
     limits: Limits = Limits()
     aliases: Aliases = Aliases()
     records: Records | None = Records()

@@ -50,6 +50,16 @@ class Engines:
         async with asyncio.timeout(10):
             return all([await ping for ping in pings])
 
+    async def unproved(self) -> list[str]:
+        """Return the ids of loaded adapters whose effect nothing recorded.
+
+        Raises:
+            Exception: an engine is dead, or doesn't answer in 10 seconds.
+        """
+        asked = [handle.unproved.remote() for handle in self._handles.values()]
+        async with asyncio.timeout(10):
+            return sorted({name for each in asked for name in await each})
+
     async def judge(self, judge: ServedJudge, questions: list[Prompt]) -> list[float | str]:
         """Put questions to a judge: p_violate of each, or why there is none."""
         rows = [[message.to_row() for message in question] for question in questions]

@@ -77,6 +77,11 @@ async def _refused(request: Request, error: RequestError) -> JSONResponse:
     return JSONResponse(error.to_row(), error.status, error.headers)
 
 
+def _silent(error: Exception) -> JSONResponse:
+    message = f"an engine doesn't answer: {type(error).__name__}"
+    return JSONResponse(error_row(503, message, "ServiceUnavailableError"), 503)
+
+
 @serve.deployment(name="ingress")
 @serve.ingress(api)
 class Ingress(DashboardRoutes):
@@ -164,8 +169,7 @@ class Ingress(DashboardRoutes):
         try:
             ready = await self._engines.alive()
         except Exception as error:
-            message = f"an engine doesn't answer: {type(error).__name__}"
-            return JSONResponse(error_row(503, message, "ServiceUnavailableError"), 503)
+            return _silent(error)
         status = "ok" if ready else "starting"
         return JSONResponse({"status": status}, status_code=200 if ready else 503)
 
@@ -178,6 +182,11 @@ class Ingress(DashboardRoutes):
         if response.status_code != 200:
             return response
         row: dict[str, Any] = {"status": "ok"}
+        try:
+            if unproved := await self._engines.unproved():
+                row["unproved"] = unproved
+        except Exception as error:
+            return _silent(error)
         if self._follower is not None:
             row["registry"] = self._follower.status()
         if self._records is not None and self._records.problem:
@@ -299,8 +308,8 @@ class Ingress(DashboardRoutes):
             REQUEST_HEADER: call.request_id,
         }
         turn = self._turn(kind, call, mode)
-        if turn is not None:
-            headers[POLICY_HEADER] = turn.policy
+        if policy := turn.policy if turn else route.policy:
+            headers[POLICY_HEADER] = policy
         started = time.monotonic()
         own_usage = body.get("stream") is True and "stream_options" not in body
         sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
