@@ -52,7 +52,8 @@ class Limits(Section):
     body_bytes: int = Field(default=1_000_000, ge=1)
     """A larger body is refused (413)."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens that may be asked for; null = the engine's max_model_len."""
+    """Most tokens that may be asked for, and what a chat gets that names no number; null = the
+    engine's max_model_len."""
     max_n: int = Field(default=8, ge=1)
     """Most replies (``n``) or prompts of one request."""
     requests_per_minute: float | None = Field(default=None, gt=0)
