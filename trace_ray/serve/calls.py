@@ -139,7 +139,7 @@ class FailsInForm:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
-            if begun:
+            if begun or scope["type"] != "http":
                 raise
             # An error's own text may quote the request: its kind and place are enough to find it.
             place = traceback.extract_tb(error.__traceback__)[-1]
