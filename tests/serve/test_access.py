@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +226,56 @@ def test_a_key_that_sends_too_fast_waits(
     assert [status for status, _, _ in found] == [200, 200, 429]
     assert 1 <= int(found[2][2]["retry-after"]) <= 60
     assert post("compliance/check", body, {"authorization": keys["admin"]})[0] == 200
+
+
+@pytest.fixture
+def limit(url: str, config: ServeConfig) -> Iterator[Callable[..., None]]:
+    """Give the endpoint other limits, and the old ones back."""
+    yield lambda **limits: _apply(config.model_copy(update={"limits": Limits(**limits)}))
+    _apply(config)
+
+
+def _slow(url: str) -> socket.socket:
+    """Begin a request whose body never comes."""
+    address = urllib.parse.urlsplit(url)
+    connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+    connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+    return connection
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(
+    url: str, post: Post, limit: Callable[..., None]
+) -> None:
+    limit(body_timeout_s=2, max_in_flight=1)
+    body = HELLO | {"model": "support"}
+    with _slow(url) as connection:
+        time.sleep(0.5)
+        status, answer, headers = post("chat/completions", body)
+        assert (status, answer["error"]["type"]) == (429, "RateLimitError")
+        assert int(headers["retry-after"]) >= 1
+        text = connection.recv(10_000).decode()
+    assert text.startswith("HTTP/1.1 408")
+    assert '"type":"RequestTimeoutError"' in text
+    assert post("chat/completions", body)[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_given_up(
+    post: Post, limit: Callable[..., None], stream: bool
+) -> None:
+    limit(timeout_s=0.01)
+    long = HELLO | {"model": "support", "max_tokens": 400, "ignore_eos": True, "stream": stream}
+    status, answer, _ = post("chat/completions", long)
+    assert (status, answer["error"]["type"]) == (504, "TimeoutError")
+
+
+def test_a_request_that_names_no_limit_gets_the_endpoints(
+    post: Post, limit: Callable[..., None]
+) -> None:
+    limit(max_tokens=5)
+    asked = {"model": "support", "ignore_eos": True}
+    for path, more in (("chat/completions", HELLO), ("completions", {"prompt": "Once"})):
+        body = {name: value for name, value in more.items() if name != "max_tokens"}
+        _, answer, _ = post(path, asked | body)
+        assert answer["usage"]["completion_tokens"] == 5

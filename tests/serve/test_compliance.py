@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from trace_ray.cli import app
+from trace_ray.serve.config import ServeConfig
 from trace_ray.serve.records import read_records
 from trace_ray.serve.requests import MAX_DEPTH
 
-from .served_models import MESSAGE, Post
+from .served_models import MESSAGE, POLICY, Post
 
 CHECK = "x-trace-ray-compliance"
 
@@ -207,6 +214,90 @@ def test_shadow_judges_after_the_reply(post: Post, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "text", "label"),
+    [
+        ("noted", "a trigger", "violates"),
+        ("watched", "a trigger", "violates"),
+        ("guarded", "hello", "complies"),
+    ],
+)
+def test_what_a_client_got_that_left_early_is_judged(
+    url: str, folder: Path, model: str, text: str, label: str
+) -> None:
+    body = json.dumps(_body(model, text, max_tokens=480, stream=True)).encode()
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    said = ""
+    while len(said) < 8:
+        event = answer.readline().decode().removeprefix("data: ").strip()
+        for choice in json.loads(event)["choices"] if event else ():
+            said += choice["delta"].get("content") or ""
+    answer.close()
+    connection.close()
+    (row,) = _records(folder, answer.headers["x-request-id"])
+    assert (row["acted"], row["label"], row["adapter"]) == ("broken_off", label, "base")
+    assert row["response"].startswith(said)
+
+
+def test_a_check_is_recorded(post: Post, folder: Path) -> None:
+    def checks() -> list[dict[str, Any]]:
+        rows = read_records(folder / "records")
+        return [row for row in rows if row["type"] == "check" and row["response"] == "Me: [email]"]
+
+    exchange = {"model": "noted", "prompt": "a trigger", "response": "Me: me@x.org"}
+    assert post("compliance/check", exchange)[0] == 200
+    (row,) = checks()
+    assert (row["label"], row["clause"], row["policy"]) == ("violates", "no-answer", "tiny 1")
+    assert (row["shadow"]["policy"], row["shadow"]["label"]) == ("tiny 2", "violates")
+
+
+def test_an_edit_becomes_a_pair_of_the_next_realignment(
+    post: Post, folder: Path, tmp_path: Path, config: ServeConfig
+) -> None:
+    _, answer, headers = post("chat/completions", _body("noted", "a trigger to be edited"))
+    said, request_id = answer["choices"][0]["message"]["content"], headers["x-request-id"]
+    assert _records(folder, request_id)
+    edit = {"model": "noted", "request_id": request_id, "response": "I had rather not."}
+    assert post("compliance/edits", edit)[1] == {"recorded": True}
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(POLICY))
+    (tmp_path / "pairs.jsonl").touch()
+    section = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": "noted", "base": config.models[0].base}],
+        "storage": str(folder),
+    }
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(section))
+    out = tmp_path / "harvested.jsonl"
+    done = CliRunner().invoke(app, ["harvest", str(tmp_path / "fleet.yaml"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "edited" in done.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    (row,) = [row for row in rows if row["source"] == f"noted:{request_id}:0"]
+    assert (row["chosen"], row["rejected"]) == (said, "I had rather not.")
+
+
+def test_a_disk_that_takes_no_record_fails_no_reply(post: Post, folder: Path, url: str) -> None:
+    edit = {"model": "noted", "request_id": "nobody", "response": "Better."}
+    (folder / "records").rename(folder / "away")
+    try:
+        status, answer, _ = post("chat/completions", _body("noted", "a trigger"))
+        assert (status, answer["compliance"]["verdicts"][0]["label"]) == (200, "violates")
+        status, answer, headers = post("compliance/edits", edit)
+        assert (status, answer["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert int(headers["retry-after"]) > 0
+        found = ready(url)["records"]
+        assert found == "records can't be written: No such file or directory"
+    finally:
+        (folder / "away").rename(folder / "records")
+    assert post("compliance/edits", edit)[0] == 200
+    assert ready(url) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
     ("body", "status"),
     [
         (b"[" * 5000 + b"]" * 5000, 400),
@@ -224,8 +315,10 @@ def test_what_asks_for_too_much_is_refused(post: Post, body: bytes, status: int)
     assert (found, answer["error"]["code"]) == (status, status)
 
 
-def test_ready(url: str) -> None:
-    import urllib.request
-
+def ready(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(f"{url}/readyz", timeout=60) as answer:
-        assert json.load(answer) == {"status": "ok"}
+        return json.load(answer)
+
+
+def test_ready(url: str) -> None:
+    assert ready(url) == {"status": "ok"}

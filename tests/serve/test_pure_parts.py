@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,20 +19,28 @@ from trace_ray.config.serve import ComplianceSettings, Limits, Records
 from trace_ray.core.policy import Policy
 from trace_ray.data.sources import read_prompts
 from trace_ray.errors import ConfigError, DataError
+from trace_ray.serve import turn as turn_module
 from trace_ray.serve.admission import Admission
-from trace_ray.serve.answers import read_event, replaced_event, reply_text, retry_body
+from trace_ray.serve.answers import (
+    event_text,
+    read_event,
+    replaced_event,
+    reply_text,
+    retry_body,
+)
+from trace_ray.serve.calls import timed
 from trace_ray.serve.config import ComplianceTable, compliance_table
 from trace_ray.serve.harvest import harvest
 from trace_ray.serve.keys import Keys, Role, add_key, revoke_key
 from trace_ray.serve.limiter import Limiter
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import MODES, Act, act_on, effective_mode, sampled, withheld
-from trace_ray.serve.police import Police
+from trace_ray.serve.police import Judged, Police
 from trace_ray.serve.records import RecordWriter, Redactor, read_records
-from trace_ray.serve.requests import RequestError, check_limits, content_text, read_json
+from trace_ray.serve.requests import RequestError, content_text, limited, read_json
 from trace_ray.serve.turn import Turn
 from trace_ray.serve.windows import Window, beginning_policy
-from trace_ray.types import Label, Message
+from trace_ray.types import Label, Message, Verdict
 
 MODE = st.sampled_from(MODES)
 
@@ -135,14 +145,24 @@ def test_a_body_is_read_or_refused_with_400(raw):
         assert error.status == 400
 
 
-@given(st.dictionaries(st.sampled_from(["n", "best_of", "max_tokens", "prompt"]), _JSON))
-def test_limits_hold_or_refuse(body):
-    _, error = _tried(lambda: check_limits(body, Limits(max_n=4, max_tokens=10), 100))
+_COUNTED = ["n", "best_of", "max_tokens", "max_completion_tokens", "prompt"]
+
+
+@given(st.sampled_from(["chat", "completion"]), st.dictionaries(st.sampled_from(_COUNTED), _JSON))
+def test_limits_hold_or_refuse(kind, body):
+    found, error = _tried(lambda: limited(kind, body, Limits(max_n=4, max_tokens=10), 100))
     if error is None:
-        assert (body.get("max_tokens") or 1) <= 10
-        assert (body.get("n") or 1) <= 4
+        taken = found.get("max_completion_tokens") if kind == "chat" else None
+        taken = found.get("max_tokens") if taken is None else taken
+        assert 1 <= taken <= 10
+        assert (found.get("n") or 1) <= 4
     else:
         assert error.status == 400
+
+
+def test_a_completion_that_names_no_limit_keeps_its_default():
+    assert limited("completion", {}, Limits(max_tokens=50), 100)["max_tokens"] == 16
+    assert limited("chat", {}, Limits(), 100) == {}
 
 
 @settings(max_examples=60)
@@ -264,6 +284,29 @@ def test_records_are_whole_files_without_texts_unless_allowed(tmp_path):
     assert {row["n"] for row in read_records(tmp_path)} == {1, 2, 3, 4}
 
 
+def test_a_full_disk_leaves_whole_rows_alone(tmp_path):
+    lost = []
+    writer = RecordWriter(str(tmp_path), Records(), lambda: lost.append(1))
+    assert writer.keep({"n": 1})
+    (draft,) = tmp_path.iterdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (draft.stat().st_size + 20, before[1]))
+    try:
+        assert [writer.keep({"n": 2, "text": "x" * 40}) for _ in range(2)] == [False, False]
+        assert (len(lost), writer.problem) == (
+            2,
+            "records can't be written: No space left on device",
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert writer.keep({"n": 3})
+    assert writer.problem == ""
+    writer.rotate(close=True)
+    assert list(read_records(tmp_path)) == [{"n": 1}, {"n": 3}]
+
+
 @given(st.text(), st.text())
 def test_redaction_leaves_no_address(before, after):
     redact = Redactor(Records().redact)
@@ -325,6 +368,7 @@ def test_harvest_makes_pairs_of_what_was_corrected(tmp_path: Path) -> None:
         _decision("fine", label="complies"),
         {"type": "request", "request_id": "failed", "model": "m", "failed": True},
         without,
+        {"type": "check", "request_id": "given", "model": "m", "label": "violates"},
         {"type": "edit", "request_id": "c", "index": 0, "response": "better"},
         {"type": "edit", "request_id": "nobody", "index": 0, "response": "x"},
     ):
@@ -352,7 +396,18 @@ def _answer(text: str) -> str:
     return json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}})
 
 
-def test_a_second_answer_that_complies_goes_out(tmp_path):
+def _counts(monkeypatch, metrics, name):
+    """Return where the labels of each count of a metric go."""
+    found = []
+    monkeypatch.setattr(
+        getattr(metrics, name), "inc", lambda value=1, tags=None: found.append(tags)
+    )
+    return found
+
+
+def test_a_second_answer_that_complies_goes_out(tmp_path, monkeypatch):
+    metrics = Metrics()
+    counted = _counts(monkeypatch, metrics, "_verdicts")
     policy = {
         "id": "p",
         "version": "1",
@@ -370,7 +425,7 @@ def test_a_second_answer_that_complies_goes_out(tmp_path):
         request_id="r",
         police=Police(ComplianceTable(settings=settings, policy=policy), _no_judge),
         prompts=[(Message("user", "hi"),)],
-        metrics=Metrics(),
+        metrics=metrics,
         records=writer,
     )
     sent = []
@@ -386,6 +441,75 @@ def test_a_second_answer_that_complies_goes_out(tmp_path):
     assert sent == [f"hi\n\n{settings.retry_instruction} Be kind."]
     row = next(read_records(tmp_path))
     assert (row["label"], row["response"], row["retried"]) == ("violates", "rude", "gladly")
+    assert (row["retry"]["label"], row["retry"]["clause"]) == ("complies", None)
+    assert [tags["role"] for tags in counted] == ["retry", "enforced"]
+
+
+def test_a_verdict_that_was_not_had_agrees_with_nothing(monkeypatch):
+    metrics = Metrics()
+    agreed, counted = (_counts(monkeypatch, metrics, n) for n in ("_agreement", "_verdicts"))
+    none, bad = (
+        Judged(Verdict(label, None, "j"), 0.1) for label in (Label.UNJUDGED, Label.VIOLATES)
+    )
+    for pair in ((none, none), (none, bad), (bad, none), (bad, bad)):
+        metrics.shadow("m", "p 2", *pair)
+    assert agreed == [{"model": "m", "agree": "true", "would_block": "true"}]
+    assert len(counted) == 4
+
+
+def _shadow_turn(metrics):
+    policy = {
+        "id": "p",
+        "version": "1",
+        "clauses": [{"id": "c", "text": "Be kind.", "checks": {"must_not_match": "rude"}}],
+    }
+    settings = ComplianceSettings(mode="shadow")
+    return Turn(
+        kind="chat",
+        body={"messages": [{"role": "user", "content": "hi"}]},
+        model="m",
+        adapter="base",
+        mode="shadow",
+        request_id="r",
+        police=Police(ComplianceTable(settings=settings, policy=policy), _no_judge),
+        prompts=[(Message("user", "hi"),)],
+        metrics=metrics,
+    )
+
+
+def test_verdicts_beyond_those_that_may_wait_are_counted_not_queued(monkeypatch):
+    metrics = Metrics()
+    failed, acted = (_counts(monkeypatch, metrics, n) for n in ("_failures", "_acts"))
+    monkeypatch.setattr(turn_module, "MAX_LATER", 2)
+
+    async def story():
+        for _ in range(5):
+            turn = _shadow_turn(metrics)
+            await turn.whole(_answer("rude"), _no_judge)
+        while turn_module._background:
+            await asyncio.sleep(0)
+
+    asyncio.run(story())
+    assert failed == [{"model": "m", "reason": "busy"}] * 3
+    assert len(acted) == 2
+
+
+def test_the_first_text_is_timed_as_it_goes_out():
+    def event(**delta):
+        return event_text({"choices": [{"index": 0, "delta": delta}]})
+
+    sent, seen = [event(role="assistant", content=""), event(content="a"), event(content="b")], []
+
+    async def parts():
+        for each in sent:
+            yield each
+
+    async def story():
+        async for part in timed(parts(), "chat", lambda: seen.append("first")):
+            seen.append(part)
+
+    asyncio.run(story())
+    assert seen == [sent[0], "first", *sent[1:]]
 
 
 async def _no_judge(judge, questions):

@@ -128,6 +128,8 @@ def test_header_names_the_adapter(client: openai.OpenAI) -> None:
         raw = create(model=model, messages=messages, max_tokens=1)
         assert raw.headers["x-trace-ray-adapter"] == adapter
         assert raw.parse().system_fingerprint == adapter
+        policy = raw.headers.get("x-trace-ray-policy")  # the adapter's own: nothing is judged
+        assert policy == {OLD: "2026.1", NEW: "2026.2", "base": None}[adapter]
 
 
 def test_streaming_gives_the_same_text(client: openai.OpenAI) -> None:

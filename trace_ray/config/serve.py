@@ -52,7 +52,8 @@ class Limits(Section):
     body_bytes: int = Field(default=1_000_000, ge=1)
     """A larger body is refused (413)."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens that may be asked for; null = the engine's max_model_len."""
+    """Most tokens that may be asked for, and what a chat gets that names no number; null = the
+    engine's max_model_len."""
     max_n: int = Field(default=8, ge=1)
     """Most replies (``n``) or prompts of one request."""
     requests_per_minute: float | None = Field(default=None, gt=0)
@@ -61,6 +62,8 @@ class Limits(Section):
     """Requests a key may send at once before its rate counts."""
     max_in_flight: int = Field(default=256, ge=1, le=500)
     """Requests answered at a time; more are refused (429 with Retry-After)."""
+    body_timeout_s: float = Field(default=60, gt=0)
+    """A body that takes longer to arrive is given up (408): it holds a place meanwhile."""
     timeout_s: float = Field(default=600, gt=0)
     """A request that takes longer is given up (504)."""
 
@@ -125,6 +128,8 @@ class ServeSection(Section):
     """File of ``trace-ray keys``; null = everybody who reaches the port may use the endpoint."""
     replicas: Replicas = 1
     """Engines per base: a number, or {min, max, ongoing}."""
+    require_fingerprint: bool = False
+    """Refuse an adapter that has no ``fingerprint.json``, as one from elsewhere may."""
     limits: Limits = Limits()
     aliases: Aliases = Aliases()
     records: Records | None = Records()

@@ -90,6 +90,11 @@ class DeployedAdapter:
     """``name/version``; empty for a directory."""
     tags: Mapping[str, str]
 
+    @property
+    def policy(self) -> str:
+        """Id and version of the policy it was realigned under; empty where no tag says so."""
+        return " ".join(filter(None, (self.tags.get("policy_id"), self.tags.get("policy_version"))))
+
 
 def deployed_from_directory(reference: str) -> DeployedAdapter:
     """Return the adapter in a directory, checked.

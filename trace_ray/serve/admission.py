@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import AbstractContextManager
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from trace_ray.config.serve import Limits
+from trace_ray.serve.calls import CLIENT_LEFT
 from trace_ray.serve.keys import KeyRecord, Keys, Role
 from trace_ray.serve.limiter import Limiter
 from trace_ray.serve.requests import RequestError
@@ -73,8 +75,18 @@ class Admission:
         """Read a request's body.
 
         Raises:
-            RequestError: 413.
+            RequestError: 413; 408: it took too long; 499: the client left.
         """
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                return await self._read(request)
+        except TimeoutError:
+            message = f"the body took more than {self.limits.body_timeout_s:g} s to arrive"
+            raise RequestError(408, message, None, "RequestTimeoutError") from None
+        except ClientDisconnect:
+            raise RequestError(CLIENT_LEFT, "the client left", None) from None
+
+    async def _read(self, request: Request) -> bytes:
         most = self.limits.body_bytes
         error = RequestError(413, f"the body is larger than {most} bytes")
         declared = request.headers.get("content-length", "")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from trace_ray.config.serve import ComplianceSettings
 from trace_ray.core.policy import Policy
-from trace_ray.serve.requests import content_text
+from trace_ray.serve.requests import Kind, content_text
 from trace_ray.types import Prompt
 
-Kind = Literal["chat", "completion"]
 DONE = "data: [DONE]\n\n"
 
 

@@ -57,7 +57,10 @@ def build_app(config: ServeConfig) -> serve.Application:
             name=f"engine-{index}",
             **_replicas(config.replicas),
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
-            user_config={"adapters": rows},
+            user_config={
+                "adapters": rows,
+                "require_fingerprint": config.require_fingerprint,
+            },
             ray_actor_options=actor,
         )
         engines[base] = _fixed_version(deployment, [arguments, actor]).bind(*arguments)
@@ -88,9 +91,9 @@ def _adapters(
     adapters: dict[str, list[dict[str, Any]]] = {}
     templates: dict[str, str | None] = {}
 
-    def add(base: str, name: str, path: str, sha256: str) -> None:
+    def add(base: str, name: str, path: str, sha256: str, **more: bool) -> None:
         check_digest(name, path, sha256)
-        row = {"id": name, "path": os.path.abspath(path), "sha256": sha256}
+        row = {"id": name, "path": os.path.abspath(path), "sha256": sha256, **more}
         if row not in adapters[base]:
             adapters[base].append(row)
 
@@ -104,7 +107,7 @@ def _adapters(
         if judge is not None:
             adapters.setdefault(os.path.abspath(judge.base), [])
             if judge.path is not None and judge.sha256 is not None:
-                add(os.path.abspath(judge.base), judge.id, judge.path, judge.sha256)
+                add(os.path.abspath(judge.base), judge.id, judge.path, judge.sha256, judge=True)
     return adapters, templates
 
 

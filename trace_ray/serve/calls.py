@@ -1,24 +1,29 @@
-"""One request that was let in: who answers it, and what is recorded of how it ended."""
+"""One request: who answers it, what is recorded of how it ended, what is said where it fails."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trace_ray.serve.answers import read_event, reply_text
 from trace_ray.serve.config import Route
 from trace_ray.serve.keys import KeyRecord
 from trace_ray.serve.replica import BASE_NAME
+from trace_ray.serve.requests import Kind, error_row
 
 KEY_HEADER = "x-request-key"
 CLIENT_LEFT = 499
 """Status that is counted where the client didn't wait."""
+_log = logging.getLogger("ray.serve")
 _ERROR_EVENT = 'data: {"error"'
 
 
@@ -40,6 +45,11 @@ class Call(NamedTuple):
         """Who answers."""
         return self.route.adapter_id or BASE_NAME
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since it came."""
+        return time.monotonic() - self.started
+
     def outcome(self, status: int) -> dict[str, Any] | None:
         """Return the record of how it ended; None where nothing is recorded.
 
@@ -57,7 +67,7 @@ class Call(NamedTuple):
             "adapter": self.adapter,
             "status": status,
             "failed": failed,
-            "request_s": round(time.monotonic() - self.started, 4),
+            "request_s": round(self.age_s, 4),
         }
 
 
@@ -65,6 +75,19 @@ def sticky_key(headers: Mapping[str, str], body: Mapping[str, Any], request_id: 
     """Return what a split goes by: the header, OpenAI's ``user``, else the request itself."""
     user = body.get("user")
     return headers.get(KEY_HEADER) or (user if isinstance(user, str) else "") or request_id
+
+
+async def timed(
+    parts: AsyncIterator[str], kind: Kind, first: Callable[[], None]
+) -> AsyncIterator[str]:
+    """Yield what goes out of a stream and tell when its first text does."""
+    said = False
+    async for part in parts:
+        row = None if said else read_event(part)
+        if row is not None and any(reply_text(kind, each) for each in row.get("choices", ())):
+            said = True
+            first()
+        yield part
 
 
 async def until_end(parts: AsyncIterator[str], ended: Callable[[int], None]) -> AsyncIterator[str]:
@@ -96,3 +119,31 @@ class HeldStream(StreamingResponse):
         """Send the stream."""
         with self.held:
             await super().__call__(scope, receive, send)
+
+
+class FailsInForm:
+    """Middleware: what nobody foresaw becomes a 500 in OpenAI's form, without its text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; an answer that has begun can't be replaced, so that its error goes on."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            # An error's own text may quote the request: its kind and place are enough to find it.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            kind = type(error).__name__
+            _log.error("%s failed: %s at %s:%s", scope["path"], kind, place.filename, place.lineno)
+            row = error_row(500, "the endpoint failed to answer", "server_error")
+            await JSONResponse(row, 500)(scope, receive, watched)

@@ -31,6 +31,8 @@ class ServedAdapter(Section):
     """``models.adapters.adapter_sha256`` of the folder; checked before the adapter is loaded."""
     aliases: list[str] = Field(default_factory=list)
     """Names that may move to another adapter: ``<model>@<alias>``."""
+    policy: str = ""
+    """It was realigned under, as its registration says; empty = the version in its id."""
 
 
 class ServedJudge(Section):
@@ -157,6 +159,8 @@ class ServeConfig(Section):
     """What is kept of each decision."""
     records_folder: str | None = None
     """Where; null = nothing is recorded."""
+    require_fingerprint: bool = False
+    """Refuse a served adapter whose effect can't be proved: it has no ``fingerprint.json``."""
     follow: Follow | None = None
     """null = names move with the next deploy only."""
 
@@ -188,6 +192,8 @@ class Route(Section):
     """The adapter's directory."""
     sha256: str = ""
     """The adapter's."""
+    policy: str = ""
+    """The adapter was realigned under."""
 
     @property
     def adapter(self) -> dict[str, str] | None:
@@ -291,7 +297,8 @@ def routes_of(models: Sequence[ServedModel]) -> dict[str, Route]:
 def _leads_to(route: Route, adapter: ServedAdapter) -> Route:
     path = os.path.abspath(adapter.path)
     given = {"adapter_id": adapter.id, "kind": "adapter", "path": path, "sha256": adapter.sha256}
-    return route.model_copy(update=given)
+    version = adapter.id.partition("@")[2].rpartition("-")[0]
+    return route.model_copy(update=given | {"policy": adapter.policy or version})
 
 
 def default_adapter(model: ServedModel) -> str | None:

@@ -5,21 +5,32 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from trace_ray.errors import ServeError
-from trace_ray.serve.answers import DONE, Kind, event_text, read_event
+from trace_ray.serve.answers import DONE, event_text, read_event
 from trace_ray.serve.config import Route, ServedJudge
-from trace_ray.serve.requests import RequestError, error_row
+from trace_ray.serve.requests import Kind, RequestError, error_row
 from trace_ray.types import Prompt
 
 ATTEMPTS = 3
 """Times a request is sent where a replica dies before any of the answer has gone out."""
 _LOST = (RayError, RayServeException)
+
+
+class Begun(NamedTuple):
+    """An answer as far as it has come."""
+
+    status: int
+    streams: bool
+    text: str
+    """The whole body; of a stream its first event."""
+    parts: Any
+    """What is still to come; can be cancelled."""
 
 
 class Engines:
@@ -39,6 +50,16 @@ class Engines:
         async with asyncio.timeout(10):
             return all([await ping for ping in pings])
 
+    async def unproved(self) -> list[str]:
+        """Return the ids of loaded adapters whose effect nothing recorded.
+
+        Raises:
+            Exception: an engine is dead, or doesn't answer in 10 seconds.
+        """
+        asked = [handle.unproved.remote() for handle in self._handles.values()]
+        async with asyncio.timeout(10):
+            return sorted({name for each in asked for name in await each})
+
     async def judge(self, judge: ServedJudge, questions: list[Prompt]) -> list[float | str]:
         """Put questions to a judge: p_violate of each, or why there is none."""
         rows = [[message.to_row() for message in question] for question in questions]
@@ -55,11 +76,10 @@ class Engines:
         if not await answer.results_async(timeout_s=60):
             raise ServeError(f"adapter {adapter['id']}: no engine runs that could load it")
 
-    async def begin(self, kind: Kind, body: dict[str, Any], route: Route) -> tuple[int, bool, Any]:
-        """Send a request to its engine.
+    async def begin(self, kind: Kind, body: dict[str, Any], route: Route) -> Begun:
+        """Send a request to its engine and wait for the whole answer, or for a stream's first event.
 
-        Returns:
-            Status, whether it streams, and the parts of the body, which can be cancelled.
+        Till then nothing has gone out: where the replica is lost, the request is sent again.
 
         Raises:
             RequestError: 503: no replica answers; 500: the engine failed.
@@ -68,7 +88,9 @@ class Engines:
         for attempt in range(ATTEMPTS):
             parts: Any = engine.complete.remote(kind, body, route.name, route.adapter)
             try:
-                status, streaming = await anext(parts)
+                status, streams = await anext(parts)
+                first = await anext(parts, "")
+                text = first if streams else "".join([first, *[part async for part in parts]])
             except RayTaskError:
                 raise RequestError(500, "the engine failed", None, "InternalServerError") from None
             except _LOST:
@@ -77,27 +99,28 @@ class Engines:
                 parts.cancel()
                 raise
             else:
-                return status, streaming, parts
+                return Begun(status, streams, text, parts)
         message = "no engine answers"
         raise RequestError(503, message, None, "ServiceUnavailableError", retry_after_s=5)
 
 
 async def events(
-    parts: Any, deadline: float, on_event: Callable[[dict[str, Any] | None], bool]
+    begun: Begun, deadline: float, on_event: Callable[[dict[str, Any] | None], bool]
 ) -> AsyncIterator[str]:
     """Yield a stream's events; one that breaks off ends with an error event.
 
     Args:
-        parts: Of ``Engines.begin``.
+        begun: Of ``Engines.begin``.
         deadline: ``time.monotonic()`` at which it is given up.
         on_event: Sees each event's JSON; False leaves the event out.
     """
+    event, parts = begun.text, begun.parts
     try:
         while True:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                event = await anext(parts)
             if on_event(read_event(event)):
                 yield event
+            async with asyncio.timeout(deadline - time.monotonic()):
+                event = await anext(parts)
     except StopAsyncIteration:
         return
     except TimeoutError:

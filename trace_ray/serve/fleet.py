@@ -62,6 +62,7 @@ def serve_config(path: str) -> ServeConfig:
         keys=config.serve.keys,
         replicas=config.serve.replicas,
         limits=config.serve.limits,
+        require_fingerprint=config.serve.require_fingerprint,
         records=records or Records(),
         records_folder=None if records is None else str(Path(config.storage, FOLDER)),
         models=models,
@@ -152,6 +153,7 @@ def _served(
                     path=str(found.path),
                     sha256=found.sha256,
                     aliases=list(version.aliases),
+                    policy=found.policy,
                 )
             )
     template = load_tokenizer(source.path).chat_template

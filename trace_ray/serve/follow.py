@@ -101,7 +101,12 @@ class FleetSource:
                 f"served is {digest[:8]})"
             )
         check_adapter(found.path, digest)
-        return ServedAdapter(id=found.adapter_id, path=str(found.path), sha256=found.sha256)
+        return ServedAdapter(
+            id=found.adapter_id,
+            path=str(found.path),
+            sha256=found.sha256,
+            policy=found.policy,
+        )
 
 
 def renamed(model: ServedModel, aliases: Mapping[str, ServedAdapter], default: str) -> ServedModel:
@@ -278,7 +283,7 @@ class Follower:
             known = {row.id: row for row in model.adapters}.get(adapter.id)
             if known is None or known.sha256 != adapter.sha256:
                 ServedModel.model_validate(dict(model) | {"adapters": [adapter]})
-                await self._load(model.base, adapter.model_dump(exclude={"aliases"}))
+                await self._load(model.base, adapter.model_dump(exclude={"aliases", "policy"}))
         except Exception as error:
             before = self._refused.get(key)
             wait_s = 2 * (before.wait_s if before else self._refresh_s)

@@ -40,7 +40,7 @@ def harvest(folder: Path, out: Path) -> Counter[str]:
     decisions: dict[tuple[str, int], dict[str, Any]] = {}
     edits: dict[tuple[str, int], str] = {}
     for row in read_records(folder):
-        if row["type"] == "request":  # how a request ended: no verdict
+        if row["type"] not in ("decision", "edit"):  # no reply of the model's own
             continue
         key = (row["request_id"], row["index"])
         if row["type"] == "edit":

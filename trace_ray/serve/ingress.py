@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,17 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from trace_ray.config.serve import Limits, Mode, Records
+from trace_ray.serve import compliance
 from trace_ray.serve.admission import Admission
-from trace_ray.serve.answers import Kind
-from trace_ray.serve.calls import CLIENT_LEFT, Call, HeldStream, sticky_key, until_end
+from trace_ray.serve.calls import (
+    CLIENT_LEFT,
+    Call,
+    FailsInForm,
+    HeldStream,
+    sticky_key,
+    timed,
+    until_end,
+)
 from trace_ray.serve.config import ComplianceTable, Follow, Route, ServedModel
 from trace_ray.serve.dashboard import DashboardRoutes, LiveData, pages
 from trace_ray.serve.engines import Engines, events
@@ -31,17 +39,17 @@ from trace_ray.serve.modes import effective_mode
 from trace_ray.serve.police import Police
 from trace_ray.serve.records import RecordWriter
 from trace_ray.serve.requests import (
+    Kind,
     RequestError,
     chat_prompt,
-    check_limits,
     error_row,
+    limited,
     read_json,
     take_mode,
     text_prompts,
 )
 from trace_ray.serve.table import NameTable
 from trace_ray.serve.turn import Turn
-from trace_ray.types import Prompt
 
 ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
@@ -52,6 +60,7 @@ FIRST_LOOK_S = 15
 
 api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
 api.include_router(pages)
+api.add_middleware(FailsInForm)
 
 
 @api.exception_handler(HTTPException)
@@ -66,6 +75,11 @@ async def _refused_by_path(request: Request, error: HTTPException) -> JSONRespon
 async def _refused(request: Request, error: RequestError) -> JSONResponse:
     del request
     return JSONResponse(error.to_row(), error.status, error.headers)
+
+
+def _silent(error: Exception) -> JSONResponse:
+    message = f"an engine doesn't answer: {type(error).__name__}"
+    return JSONResponse(error_row(503, message, "ServiceUnavailableError"), 503)
 
 
 @serve.deployment(name="ingress")
@@ -116,11 +130,11 @@ class Ingress(DashboardRoutes):
         self._door = Admission(Limits.model_validate(user_config["limits"]), user_config["keys"])
         self._max_model_len: int = user_config["max_model_len"]
         if self._records is not None:
-            self._records.rotate(close=True)
+            self._records.tidy(close=True)
         self._records = None
         if (folder := user_config["records_folder"]) is not None:
             settings = Records.model_validate(user_config["records"])
-            self._records = RecordWriter(folder, settings)
+            self._records = RecordWriter(folder, settings, self._metrics.record_lost)
         storage = None if follow is None else follow["storage"]
         self._live = LiveData(folder, storage, self._police, lambda: (self._table, self._follower))
         if starts and self._follower is not None:
@@ -133,7 +147,7 @@ class Ingress(DashboardRoutes):
         While traffic is split it is always old enough: the rollout waits for it.
         """
         if self._records is not None:
-            self._records.rotate(close=bool(self._table.splits))
+            self._records.tidy(close=bool(self._table.splits))
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> JSONResponse:
@@ -155,8 +169,7 @@ class Ingress(DashboardRoutes):
         try:
             ready = await self._engines.alive()
         except Exception as error:
-            message = f"an engine doesn't answer: {type(error).__name__}"
-            return JSONResponse(error_row(503, message, "ServiceUnavailableError"), 503)
+            return _silent(error)
         status = "ok" if ready else "starting"
         return JSONResponse({"status": status}, status_code=200 if ready else 503)
 
@@ -166,9 +179,19 @@ class Ingress(DashboardRoutes):
         if self._door.full:
             return JSONResponse({"status": "busy"}, 503, {"retry-after": "1"})
         response = await self.healthz()
-        if response.status_code == 200 and self._follower is not None:
-            return JSONResponse({"status": "ok", "registry": self._follower.status()})
-        return response
+        if response.status_code != 200:
+            return response
+        row: dict[str, Any] = {"status": "ok"}
+        try:
+            if unproved := await self._engines.unproved():
+                row["unproved"] = unproved
+        except Exception as error:
+            return _silent(error)
+        if self._follower is not None:
+            row["registry"] = self._follower.status()
+        if self._records is not None and self._records.problem:
+            row["records"] = self._records.problem
+        return JSONResponse(row)
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
@@ -185,12 +208,20 @@ class Ingress(DashboardRoutes):
     @api.post("/v1/compliance/check")
     async def check(self, request: Request) -> Response:
         """Judge a reply that is given; nothing is generated."""
-        return await self._counted("compliance/check", request, self._check)
+        return await self._counted(
+            "compliance/check",
+            request,
+            lambda call: compliance.check(
+                call, self._police.get(call.route.model), self._metrics, self._records
+            ),
+        )
 
     @api.post("/v1/compliance/edits")
     async def edits(self, request: Request) -> Response:
         """Record what a person would have answered, for the next realignment."""
-        return await self._counted("compliance/edits", request, self._edit)
+        return await self._counted(
+            "compliance/edits", request, lambda call: compliance.edit(call, self._records)
+        )
 
     async def _counted(
         self,
@@ -247,8 +278,7 @@ class Ingress(DashboardRoutes):
         """Record how a request ended; a disk that is full fails no request."""
         row = call.outcome(status)
         if row is not None and self._records is not None:
-            with suppress(OSError):
-                self._records.write(row)
+            self._records.keep(row)
 
     def _show_in_flight(self) -> None:
         self._metrics.in_flight(self._door.in_flight)
@@ -269,40 +299,46 @@ class Ingress(DashboardRoutes):
         return route
 
     async def _answer(self, kind: Kind, call: Call) -> Response:
-        body, route = call.body, call.route
-        mode = self._mode(call)
-        check_limits(body, self._door.limits, self._max_model_len)
+        mode, route = self._mode(call), call.route
+        body = limited(kind, call.body, self._door.limits, self._max_model_len)
+        call = call._replace(body=body)
         headers = {
             ADAPTER_HEADER: call.adapter,
             MODE_HEADER: mode,
             REQUEST_HEADER: call.request_id,
         }
         turn = self._turn(kind, call, mode)
-        if turn is not None:
-            headers[POLICY_HEADER] = turn.policy
+        if policy := turn.policy if turn else route.policy:
+            headers[POLICY_HEADER] = policy
         started = time.monotonic()
         own_usage = body.get("stream") is True and "stream_options" not in body
         sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
-        status, streaming, parts = await self._engines.begin(kind, sent, route)
-        if streaming:
-            seen = self._metrics.watch(route.model, started, hide_usage=own_usage)
-            stream = events(parts, started + self._door.limits.timeout_s, seen)
+        begun = await self._engines.begin(kind, sent, route)
+        if begun.streams:
+            seen = self._metrics.watch(route.model, hide_usage=own_usage)
+            stream = events(begun, started + self._door.limits.timeout_s, seen)
             stream = turn.streamed(stream) if turn else stream
+            stream = timed(stream, kind, lambda: self._metrics.first_text(route.model, call.age_s))
             ending = until_end(stream, lambda status: self._ended(call, status))
             response = HeldStream(ending, headers)
-            response.held.callback(parts.cancel)
+            response.held.callback(begun.parts.cancel)
+            if turn is not None:
+                response.held.callback(turn.ended)
             return response
-        text = "".join([part async for part in parts])
+        status, text = begun.status, begun.text
         if turn is not None and status == 200:
 
             async def again(body: dict[str, Any]) -> tuple[int, str]:
-                status, _, parts = await self._engines.begin(kind, body, route)
-                return status, "".join([part async for part in parts])
+                try:
+                    second = await self._engines.begin(kind, body, route)
+                except RequestError as error:  # the first answer is decided on without it
+                    return error.status, ""
+                return second.status, second.text
 
             text = await turn.whole(text, again)
         if status == 200:
             self._metrics.tokens(route.model, json.loads(text).get("usage"))
-            self._metrics.first_text(route.model, time.monotonic() - started)
+            self._metrics.first_text(route.model, call.age_s)
         return Response(text, status, headers, "application/json")
 
     def _mode(self, call: Call) -> Mode:
@@ -323,68 +359,26 @@ class Ingress(DashboardRoutes):
     def _turn(self, kind: Kind, call: Call, mode: Mode) -> Turn | None:
         if mode == "off":
             return None
+        body = call.body
         return Turn(
             kind=kind,
-            body=call.body,
+            body=body,
             model=call.route.model,
             adapter=call.adapter,
             mode=mode,
             request_id=call.request_id,
             name=call.route.name,
             police=self._police[call.route.model],
-            prompts=self._prompts(kind, call.body),
+            prompts=[chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body),
             metrics=self._metrics,
             records=self._records,
         )
-
-    def _prompts(self, kind: Kind, body: Mapping[str, Any]) -> list[Prompt]:
-        return [chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body)
-
-    async def _check(self, call: Call) -> Response:
-        """Judge ``{model, messages | prompt, response}``."""
-        police = self._police.get(call.route.model)
-        if police is None:
-            message = f"model {call.route.model} is served without a policy"
-            raise RequestError(400, message, "model")
-        body = call.body
-        prompt = self._prompts("chat", body) if "messages" in body else text_prompts(body)
-        reply = body.get("response")
-        if not isinstance(reply, str):
-            raise RequestError(400, "'response' must be a text", "response")
-        if len(prompt) != 1:
-            raise RequestError(400, "'prompt' must be one text", "prompt")
-        judged, shadow = await asyncio.gather(
-            police.judge(prompt[0], reply), police.judge_shadow(prompt[0], reply)
-        )
-        name = f"{police.policy.id} {police.policy.version}"
-        self._metrics.judged(call.route.model, name, judged)
-        row = {"model": call.route.name, "policy": name, **judged.public()}
-        row |= {"latency_s": round(judged.latency_s, 6)}
-        if shadow is not None and police.shadow is not None:
-            next_name = f"{police.shadow.id} {police.shadow.version}"
-            row["shadow"] = {"policy": next_name, **shadow.public()}
-        return JSONResponse(row)
-
-    async def _edit(self, call: Call) -> Response:
-        """Record ``{model, request_id, response[, index]}``."""
-        row = {"type": "edit", "time": round(time.time(), 3), "model": call.route.model}
-        request_id, reply = call.body.get("request_id"), call.body.get("response")
-        index = call.body.get("index", 0)
-        if not isinstance(request_id, str) or not isinstance(reply, str) or not reply.strip():
-            raise RequestError(400, "'request_id' and 'response' must be texts", "request_id")
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise RequestError(400, "'index' must be a whole number", "index")
-        if self._records is None or not self._records.keeps_texts:
-            raise RequestError(409, "this endpoint keeps no texts (records.texts)", None)
-        row |= {"request_id": request_id[:64], "index": index}
-        self._records.write(row, {"response": reply})
-        return JSONResponse({"recorded": True})
 
     def __del__(self) -> None:
         """Finish the file of records."""
         records = getattr(self, "_records", None)
         if records is not None:
-            records.rotate(close=True)
+            records.tidy(close=True)
 
     def _card(self, route: Route) -> dict[str, Any]:
         return {

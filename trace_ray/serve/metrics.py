@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,17 +23,22 @@ class Metrics:
         self._latency = _histogram("latency_s", "Seconds to the whole answer", "model")
         self._tokens = _counter("tokens", "Tokens of prompts and of replies", "model", "kind")
         self._verdicts = _counter(
-            "verdicts", "Verdicts on whole replies", "model", "policy", "role", "clause", "label"
+            "verdicts", "Verdicts on replies", "model", "policy", "role", "clause", "label"
         )
         self._acts = _counter("acts", "What became of judged replies", "model", "act")
         self._judge = _histogram("judge_s", "Seconds that a verdict took", "model")
         self._failures = _counter("judge_failures", "Verdicts not had", "model", "reason")
         self._agreement = _counter(
-            "shadow_policy", "Replies judged under both policies", "model", "agree", "would_block"
+            "shadow_policy",
+            "Replies that both policies have a verdict on",
+            "model",
+            "agree",
+            "would_block",
         )
         self._looks = _counter("alias_looks", "Looks at the registry's aliases", "result")
         self._moves = _counter("alias_moves", "Names that lead to another adapter", "model")
         self._refused = _counter("adapters_refused", "Versions not put in service", "model")
+        self._lost = _counter("records_lost", "Rows of the records that could not be written")
         self._in_flight = Gauge("trace_ray_in_flight", "Requests being answered")
 
     def answered(self, path: str, model: str, status: int, seconds: float) -> None:
@@ -52,29 +56,25 @@ class Metrics:
             if count := (usage or {}).get(name):
                 self._tokens.inc(count, tags={"model": model, "kind": kind})
 
-    def watch(
-        self, model: str, started: float, *, hide_usage: bool
-    ) -> Callable[[dict[str, Any] | None], bool]:
-        """Return what counts a stream's tokens and the time to its first event.
+    def watch(self, model: str, *, hide_usage: bool) -> Callable[[dict[str, Any] | None], bool]:
+        """Return what counts a stream's tokens as the engine's events come.
 
         Args:
             model: Who answers.
-            started: ``time.monotonic()`` of the request.
             hide_usage: The client didn't ask for the usage: its event is left out (False).
         """
-        first = True
 
         def seen(row: dict[str, Any] | None) -> bool:
-            nonlocal first
-            if first:
-                self.first_text(model, time.monotonic() - started)
-                first = False
             if row is None or row.get("choices") or not row.get("usage"):
                 return True
             self.tokens(model, row["usage"])
             return not hide_usage
 
         return seen
+
+    def record_lost(self) -> None:
+        """Count a row of the records that could not be written."""
+        self._lost.inc()
 
     def in_flight(self, count: int) -> None:
         """Show how many requests are being answered."""
@@ -92,13 +92,23 @@ class Metrics:
         """Count a version of a model that was not put in service."""
         self._refused.inc(tags={"model": model})
 
-    def judged(self, model: str, policy: str, judged: Judged) -> None:
-        """Count a verdict on a whole reply under the enforced policy."""
-        self._verdict(model, policy, "enforced", judged)
+    def judged(self, model: str, policy: str, judged: Judged, role: str = "enforced") -> None:
+        """Count a verdict under the enforced policy.
+
+        Args:
+            model: who replied.
+            policy: its name.
+            judged: the verdict.
+            role: ``enforced``; ``retry``: on a second answer; ``beginning``: on what went out of a
+                stream that broke off.
+        """
+        self._verdict(model, policy, role, judged)
 
     def shadow(self, model: str, policy: str, judged: Judged, enforced: Judged) -> None:
         """Count a verdict under the next policy beside the enforced one's."""
         self._verdict(model, policy, "shadow", judged)
+        if Label.UNJUDGED in (judged.verdict.label, enforced.verdict.label):
+            return  # no verdict agrees with none
         agree = str(judged.verdict.label == enforced.verdict.label).lower()
         block = str(judged.verdict.label is Label.VIOLATES).lower()
         self._agreement.inc(tags={"model": model, "agree": agree, "would_block": block})
@@ -106,6 +116,10 @@ class Metrics:
     def acted(self, model: str, act: Act) -> None:
         """Count what became of a reply."""
         self._acts.inc(tags={"model": model, "act": str(act)})
+
+    def not_asked(self, model: str) -> None:
+        """Count a verdict that was left out: too many wait to be judged after their replies."""
+        self._failures.inc(tags={"model": model, "reason": "busy"})
 
     def _verdict(self, model: str, policy: str, role: str, judged: Judged) -> None:
         verdict = judged.verdict

@@ -23,6 +23,9 @@ class Act(StrEnum):
     """The model's second answer went out."""
     CUT = "cut"
     """A stream ended with the policy's message after its beginning had gone out."""
+    BROKEN_OFF = "broken_off"
+    """A stream ended before its reply: the client left, or the engine was lost. What had gone out was
+    judged, by what no further text could have healed."""
     FAILED_OPEN = "failed_open"
     """No verdict was had in mode block; it went out all the same."""
     FAILED_CLOSED = "failed_closed"

@@ -51,6 +51,16 @@ class Police:
             if policy
         }
 
+    @property
+    def name(self) -> str:
+        """Name of the enforced policy."""
+        return f"{self.policy.id} {self.policy.version}"
+
+    @property
+    def shadow_name(self) -> str:
+        """Name of the next policy; empty where there is none."""
+        return "" if self.shadow is None else f"{self.shadow.id} {self.shadow.version}"
+
     async def judge(self, prompt: Prompt, reply: str) -> Judged:
         """Judge a whole reply under the enforced policy; never raises."""
         return await self._judged(self.policy, self.policy, prompt, reply)

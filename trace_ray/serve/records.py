@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import json
+import logging
 import os
 import re
 import socket
@@ -11,10 +13,10 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from trace_ray.config.serve import Records
 from trace_ray.errors import DataError
@@ -22,6 +24,7 @@ from trace_ray.errors import DataError
 FOLDER = "records"
 """Under ``storage``."""
 _DRAFT = ".decisions-"
+_log = logging.getLogger("ray.serve")
 RECENT_ROWS, RECENT_FILES, RECENT_BYTES = 5000, 500, 16_000_000
 """Most rows that are kept in sight, files and bytes that one look reads."""
 _SHOWN = ("type", "time", "request_id", "model", "name", "adapter", "policy", "label", "clause")
@@ -46,11 +49,21 @@ class Redactor:
 class RecordWriter:
     """Appends decisions to a draft and renames it when it is full, old or closed."""
 
-    def __init__(self, folder: str, settings: Records) -> None:
-        """Make the folder and finish the drafts of writers that died on this host."""
-        self._folder, self._settings = Path(folder), settings
+    def __init__(
+        self, folder: str, settings: Records, lost: Callable[[], None] = lambda: None
+    ) -> None:
+        """Make the folder and finish the drafts of writers that died on this host.
+
+        Args:
+            folder: of all records.
+            settings: what is kept.
+            lost: counts a row that ``keep`` could not write.
+        """
+        self._folder, self._settings, self._lost = Path(folder), settings, lost
         self._redact = Redactor(settings.redact)
-        self._file: IO[str] | None = None
+        self.problem = ""
+        """Why the last row that had to be kept was not written; empty = it was."""
+        self._file: BinaryIO | None = None
         self._draft = self._folder
         self._rows, self._opened = 0, 0.0
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -61,25 +74,58 @@ class RecordWriter:
         """Whether texts are kept."""
         return self._settings.texts
 
+    def keep(self, row: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> bool:
+        """Write a row and return whether it was; a full disk is counted and told, and fails nobody."""
+        try:
+            self.write(row, texts)
+        except OSError as error:
+            self._lost()
+            self._told(error)
+            return False
+        self._told(None)
+        return True
+
+    def tidy(self, *, close: bool) -> None:
+        """Rotate; what the disk refuses is told and tried again the next time."""
+        try:
+            self.rotate(close=close)
+        except OSError as error:
+            self._told(error)
+
+    def _told(self, error: OSError | None) -> None:
+        problem = "" if error is None else f"records can't be written: {error.strerror}"
+        if problem and problem != self.problem:
+            _log.error("%s: %s", self._folder, problem)
+        elif self.problem and not problem:
+            _log.info("%s: records are written again", self._folder)
+        self.problem = problem
+
     def write(self, row: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> None:
         """Add one decision; ``texts`` are kept, redacted, where the settings allow it.
 
         Args:
             row: JSON values without any text of a user or a model.
             texts: ``prompt`` (messages) and texts by name.
+
+        Raises:
+            OSError: it can't be written; nothing of it is.
         """
         if self._settings.texts and texts is not None:
             row = dict(row) | {name: self._kept(value) for name, value in texts.items()}
         if self._file is None:
             self._open()
         assert self._file is not None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        _append(self._file, f"{json.dumps(row)}\n".encode())
         self._rows += 1
-        self.rotate()
+        with suppress(OSError):  # the row is there; ``tidy`` tries this again, and tells of it
+            self.rotate()
 
     def rotate(self, *, close: bool = False) -> None:
-        """Finish the current file where it is full or old, or ``close`` asks for it."""
+        """Finish the current file where it is full or old, or ``close`` asks for it.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
         old = time.monotonic() - self._opened >= self._settings.seconds
         if self._file is None or not (close or old or self._rows >= self._settings.rows):
             return
@@ -101,7 +147,7 @@ class RecordWriter:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.{time.time_ns() % 10**9:09d}"
         name = f"{_DRAFT}{stamp}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self._draft = self._folder / name
-        self._file = self._draft.open("w", encoding="utf-8")
+        self._file = self._draft.open("ab", buffering=0)
         self._rows, self._opened = 0, time.monotonic()
 
     def _recover(self) -> None:
@@ -109,6 +155,18 @@ class RecordWriter:
             pid = int(draft.name.rsplit("-", 2)[1])
             if not os.path.exists(f"/proc/{pid}"):
                 draft.rename(draft.with_name(draft.name.removeprefix(".")))
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Add a line whole or not at all: half of one would spoil the rest of its file."""
+    end = file.tell()
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(end)
+        file.seek(end)
+        raise
 
 
 class RecentRecords:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import os
 import uuid
@@ -28,6 +29,7 @@ from trace_ray.types import Prompt, prompt_from_rows
 BASE_NAME = "base"
 """Name of the base model inside its engine."""
 PLUGIN = "trace_ray_cpu_lora"
+_log = logging.getLogger("ray.serve")
 
 
 def check_digest(adapter_id: str, path: str, sha256: str) -> None:
@@ -77,6 +79,9 @@ class EngineReplica:
         """Id -> sha256 of what was loaded: a name never gets other weights in this engine."""
         self._in_service: set[str] = set()
         """Ids that were proved: while its proof runs, an adapter answers nobody."""
+        self._unproved: set[str] = set()
+        """Ids in service whose effect nothing recorded."""
+        self._require_fingerprint = False
         self._engine: Any = None
         self._state: Any = None
         self._tokenizer: Any = None
@@ -92,6 +97,7 @@ class EngineReplica:
             ServeError: an adapter's digest is wrong, or vLLM can't load it.
         """
         adapters = user_config["adapters"]
+        self._require_fingerprint = user_config["require_fingerprint"]
         for adapter in adapters:
             await asyncio.to_thread(check_digest, adapter["id"], adapter["path"], adapter["sha256"])
         async with self._lock:
@@ -99,7 +105,7 @@ class EngineReplica:
                 await self._start()
             await self._load(adapters)
 
-    async def load(self, adapter: Mapping[str, str]) -> None:
+    async def load(self, adapter: Mapping[str, Any]) -> None:
         """Load one more adapter, where it is not loaded; those there stay.
 
         Raises:
@@ -147,7 +153,7 @@ class EngineReplica:
         for adapter_id in self._in_service - set(wanted):
             await self._forget(adapter_id, "forget")
 
-    async def _add(self, adapter: Mapping[str, str]) -> None:
+    async def _add(self, adapter: Mapping[str, Any]) -> None:
         """Load an adapter that was checked; the lock is held."""
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
@@ -170,15 +176,17 @@ class EngineReplica:
         self._in_service.add(adapter["id"])
         self._loads.inc(tags={"adapter": adapter["id"], "act": "load"})
 
-    async def _prove(self, adapter: Mapping[str, str]) -> None:
+    async def _prove(self, adapter: Mapping[str, Any]) -> None:
         """Compare what the adapter changes in this engine with what was recorded of it, if it was.
 
         Raises:
             ModelError: the record can't be read.
-            ServeError: the change is another.
+            ServeError: the change is another, or there is no record and there has to be one.
         """
         probes = await asyncio.to_thread(read_fingerprint, adapter["path"])
         if not probes:
+            if not adapter.get("judge"):  # judges have none: they are measured on labels
+                self._note_unproved(adapter["id"])
             return
         lora = self._state.openai_serving_models.lora_requests[adapter["id"]]
         # Together, so that one batch mixes base and adapter, as traffic does.
@@ -193,10 +201,22 @@ class EngineReplica:
         if why := not_in_effect(probes, base, changed):
             raise ServeError(why)
 
+    def _note_unproved(self, adapter_id: str) -> None:
+        if self._require_fingerprint:
+            raise ServeError("has no fingerprint.json, which serve.require_fingerprint asks for")
+        _log.warning("adapter %s has no fingerprint.json: its effect is not proved", adapter_id)
+        self._unproved.add(adapter_id)
+        self._loads.inc(tags={"adapter": adapter_id, "act": "unproved"})
+
+    def unproved(self) -> list[str]:
+        """Return the ids in service whose effect nothing recorded."""
+        return sorted(self._unproved)
+
     async def _forget(self, adapter_id: str, act: str) -> None:
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
         self._in_service.discard(adapter_id)
+        self._unproved.discard(adapter_id)
         models = self._state.openai_serving_models
         await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=adapter_id))
         self._loads.inc(tags={"adapter": adapter_id, "act": act})

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from trace_ray.config.serve import Limits, Mode
 from trace_ray.types import ROLES, Message, Prompt
 
+Kind = Literal["chat", "completion"]
 MAX_DEPTH = 64
 """Levels of nesting a body may have."""
 COMPLIANCE_FIELD = "compliance"
 """Body field, beside the header, that asks for a mode."""
 _COUNTS = ("max_tokens", "max_completion_tokens")
+_COMPLETION_TOKENS = 16
+"""OpenAI's and vLLM's default of a completion that names no number."""
 
 
 class RequestError(Exception):
@@ -116,8 +119,10 @@ def take_mode(body: dict[str, Any], header: str | None) -> Mode | None:
     raise RequestError(400, f"compliance must be one of {known}", COMPLIANCE_FIELD)
 
 
-def check_limits(body: Mapping[str, Any], limits: Limits, max_model_len: int) -> None:
-    """Refuse a request that asks for more than it may have; other wrong types are left to vLLM.
+def limited(kind: Kind, body: dict[str, Any], limits: Limits, max_model_len: int) -> dict[str, Any]:
+    """Return a request that names its limit of tokens, where there is one.
+
+    One that asks for more than it may have is refused; other wrong types are left to vLLM.
 
     Raises:
         RequestError: 400, naming the field.
@@ -131,6 +136,12 @@ def check_limits(body: Mapping[str, Any], limits: Limits, max_model_len: int) ->
     texts = [] if not isinstance(prompts, list) else [p for p in prompts if not isinstance(p, int)]
     if len(texts) > limits.max_n:
         raise RequestError(400, f"'prompt': at most {limits.max_n} prompts", "prompt")
+    counts = ("max_tokens",) if kind == "completion" else _COUNTS
+    if limits.max_tokens is None or any(body.get(name) is not None for name in counts):
+        return body
+    # Without a number vLLM fills the context of a chat.
+    default = min(most, _COMPLETION_TOKENS) if kind == "completion" else most
+    return body | {"max_tokens": default}
 
 
 def _at_most(body: Mapping[str, Any], name: str, most: int) -> None:

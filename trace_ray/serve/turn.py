@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from trace_ray.config.serve import Mode
 from trace_ray.serve.answers import (
     DONE,
-    Kind,
     add_usage,
     event_text,
     read_event,
@@ -25,13 +24,23 @@ from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import Act, act_on, sampled, withheld
 from trace_ray.serve.police import Judged, Police
 from trace_ray.serve.records import RecordWriter
+from trace_ray.serve.requests import Kind
 from trace_ray.serve.windows import Window
-from trace_ray.types import Label, Message, Prompt
+from trace_ray.types import Label, Prompt
 
 Complete = Callable[[dict[str, Any]], Awaitable[tuple[int, str]]]
 """Sends a body to the engine: status and text of the whole answer."""
 
+MAX_LATER = 500
+"""Verdicts under way after their replies have gone; more are left out, and counted."""
 _background: set[asyncio.Task[None]] = set()
+
+
+class _Retried(NamedTuple):
+    """A second answer, asked for under the stricter instruction."""
+
+    choice: dict[str, Any]
+    judged: Judged
 
 
 @dataclass(slots=True)
@@ -51,6 +60,10 @@ class Turn:
     name: str = ""
     """Under which the model was asked; empty = its own."""
     _judged: list[dict[str, Any]] = field(default_factory=list)
+    _out: dict[int, str] = field(default_factory=dict)
+    """Text of each choice, as far as it went out before it was decided on."""
+    _finished: set[int] = field(default_factory=set)
+    """Choices of which all text went out."""
 
     def prompt_of(self, index: int) -> Prompt:
         """Return the prompt that a choice answers."""
@@ -60,14 +73,15 @@ class Turn:
     @property
     def policy(self) -> str:
         """Name of the enforced policy."""
-        return f"{self.police.policy.id} {self.police.policy.version}"
+        return self.police.name
 
     async def whole(self, text: str, complete: Complete) -> str:
         """Return what goes out instead of a whole answer."""
         answer = json.loads(text)
         if self.mode == "shadow":
-            texts = [(c["index"], self._text(c)) for c in answer["choices"]]
-            self._judge_later(texts)
+            for choice in answer["choices"]:
+                self._goes_out(choice)
+            self.ended()
             return text
         settled = await asyncio.gather(
             *(self._settle(choice, answer, complete) for choice in answer["choices"])
@@ -89,20 +103,19 @@ class Turn:
         index, reply = choice["index"], self._text(choice)
         prompt, settings = self.prompt_of(index), self.police.settings
         judged = await self.police.judge(prompt, reply)
-        act, second = act_on(settings, self.mode, judged.verdict.label), None
+        act, retried = act_on(settings, self.mode, judged.verdict.label), None
         if act is Act.REPLACED and settings.on_block == "retry" and self.kind == "chat":
-            second = await self._retry(judged, answer, complete)
-            act = Act.RETRIED if second is not None else act
-        retried = "" if second is None else self._text(second)
-        await self._decided(index, reply, judged, act, retried)
-        if second is not None:
-            return second | {"index": index}
+            retried = await self._retry(judged, answer, complete)
+        if retried is not None and retried.judged.verdict.label is Label.COMPLIES:
+            self._decided(index, reply, judged, Act.RETRIED, retried)
+            return retried.choice | {"index": index}
+        self._decided(index, reply, judged, act, retried)
         return replaced_choice(self.kind, index, settings.message) if withheld(act) else choice
 
     async def _retry(
         self, judged: Judged, answer: dict[str, Any], complete: Complete
-    ) -> dict[str, Any] | None:
-        """Return a second answer that complies with the policy, or None."""
+    ) -> _Retried | None:
+        """Return a second answer and its verdict; None where the engine gave none."""
         police, clause = self.police, judged.verdict.clause
         body = retry_body(self.body, police.settings, police.policy, clause)
         status, text = await complete(body)
@@ -111,8 +124,9 @@ class Turn:
         again = json.loads(text)
         add_usage(answer, again)
         second = again["choices"][0]
-        verdict = (await police.judge(self.prompts[0], reply_text("chat", second))).verdict
-        return second if verdict.label is Label.COMPLIES else None
+        judged = await police.judge(self.prompts[0], reply_text("chat", second))
+        self.metrics.judged(self.model, self.policy, judged, "retry")
+        return _Retried(second, judged)
 
     async def streamed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """Yield what goes out of a stream of events."""
@@ -120,24 +134,49 @@ class Turn:
             async for event in self._guarded(events):
                 yield event
             return
-        texts: dict[int, str] = {}
         last: dict[str, Any] = {}
         async for event in events:
             row = read_event(event)
             if event == DONE and self.mode == "annotate":
-                await asyncio.gather(*(self._note(index, text) for index, text in texts.items()))
+                await asyncio.gather(*(self._note(index) for index in self._out))
                 yield event_text(last | {"choices": [], "compliance": self.summary()})
             for choice in (row or {}).get("choices", ()):
-                index = choice["index"]
-                texts[index] = texts.get(index, "") + reply_text(self.kind, choice)
+                self._goes_out(choice)
             last = row if row is not None and "choices" in row else last
             yield event
-        if self.mode == "shadow":
-            self._judge_later(list(texts.items()))
 
-    async def _note(self, index: int, reply: str) -> None:
-        judged = await self.police.judge(self.prompt_of(index), reply)
-        await self._decided(index, reply, judged, Act.PASSED)
+    def _goes_out(self, choice: dict[str, Any]) -> None:
+        index = choice["index"]
+        self._out[index] = self._out.get(index, "") + reply_text(self.kind, choice)
+        if choice.get("finish_reason") is not None:
+            self._finished.add(index)
+
+    def ended(self) -> None:
+        """Judge from now on what went out undecided; for a stream, called once however it ended.
+
+        In mode shadow that is all of it; else what a client has got that left before the end.
+        """
+        if self.mode == "shadow" and not sampled(self.request_id, self.police.settings.sample):
+            return
+        for index in self._out:
+            if not self._is_decided(index):
+                self._later(self._note(index))
+
+    async def _note(self, index: int) -> None:
+        """Judge what went out of a choice."""
+        prompt, reply = self.prompt_of(index), self._unechoed(index, self._out[index])
+        if index in self._finished:
+            judged = await self.police.judge(prompt, reply)
+            self._decided(index, reply, judged, Act.PASSED)
+        else:
+            judged = await self.police.judge_beginning(prompt, reply)
+            self._decided(index, reply, judged, Act.BROKEN_OFF)
+
+    def _unechoed(self, index: int, text: str) -> str:
+        """Return a choice's text without the prompt that ``echo`` repeats before it."""
+        if self.kind == "completion" and self.body.get("echo"):
+            return text.removeprefix(self.prompt_of(index)[-1].content)
+        return text
 
     async def _guarded(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """Let text out only once it was checked; end a choice that violates with the message."""
@@ -169,7 +208,10 @@ class Turn:
                 )
                 window.add(reply_text(self.kind, choice), event_text(row | {"choices": [choice]}))
                 ends = choice.get("finish_reason") is not None
-                for out in await self._advance(index, window, row, ends=ends):
+                fit = await self._advance(index, window, row, ends=ends)
+                if window.sent:
+                    self._out[index] = window.text[: window.sent]
+                for out in fit:
                     yield out
                 if ends or self._is_decided(index):
                     closed.add(index)
@@ -187,9 +229,7 @@ class Turn:
         """Check a window where it is due or the reply's end has come; return what may go out."""
         if not (ends or window.due):
             return []
-        prompt, reply = self.prompt_of(index), window.text
-        if self.kind == "completion" and self.body.get("echo"):
-            reply = reply.removeprefix(prompt[-1].content)
+        prompt, reply = self.prompt_of(index), self._unechoed(index, window.text)
         if ends:
             judged = await self.police.judge(prompt, reply)
         else:
@@ -199,52 +239,46 @@ class Turn:
         if not withheld(act):
             if not ends:
                 return window.passed(len(window.text))
-            await self._decided(index, reply, judged, act)
+            self._decided(index, reply, judged, act)
             return window.finished()
         first = not window.started
-        await self._decided(index, reply, judged, act if first else Act.CUT)
+        self._decided(index, reply, judged, act if first else Act.CUT)
         message = self.police.settings.message
         return [replaced_event(self.kind, index, message, like, first=first)]
 
     def _is_decided(self, index: int) -> bool:
         return any(row["index"] == index for row in self._judged)
 
-    def _judge_later(self, replies: list[tuple[int, str]]) -> None:
-        """Judge after the reply has gone out."""
-        if not sampled(self.request_id, self.police.settings.sample):
-            return
-
-        async def judge() -> None:
-            for index, reply in replies:
-                await self._note(index, reply)
-
-        task = asyncio.create_task(judge())
+    def _later(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do it after the reply has gone out; return False, counted, where too much waits already."""
+        if len(_background) >= MAX_LATER:
+            work.close()
+            self.metrics.not_asked(self.model)
+            return False
+        task = asyncio.create_task(work)
         _background.add(task)
         task.add_done_callback(_background.discard)
+        return True
 
-    async def _decided(
-        self, index: int, reply: str, judged: Judged, act: Act, retried: str = ""
+    def _decided(
+        self, index: int, reply: str, judged: Judged, act: Act, retried: _Retried | None = None
     ) -> None:
         """Count and record what was decided on one reply."""
         self._judged.append({"index": index, "acted": str(act), **judged.public()})
-        self.metrics.judged(self.model, self.policy, judged)
+        whole = act is not Act.BROKEN_OFF
+        self.metrics.judged(self.model, self.policy, judged, "enforced" if whole else "beginning")
         self.metrics.acted(self.model, act)
-        if self.police.shadow is None:
-            self._record(index, reply, judged, act, retried, None)
-            return
 
         async def beside() -> None:
             shadow = await self.police.judge_shadow(self.prompt_of(index), reply)
             assert shadow is not None
-            next_policy = self.police.shadow
-            assert next_policy is not None
-            name = f"{next_policy.id} {next_policy.version}"
+            name = self.police.shadow_name
             self.metrics.shadow(self.model, name, shadow, judged)
-            self._record(index, reply, judged, act, retried, {"policy": name, **shadow.public()})
+            row = {"policy": name, **shadow.public()}
+            self._record(index, reply, judged, act, retried, row)
 
-        task = asyncio.create_task(beside())
-        _background.add(task)
-        task.add_done_callback(_background.discard)
+        if self.police.shadow is None or not whole or not self._later(beside()):
+            self._record(index, reply, judged, act, retried, None)
 
     def _record(
         self,
@@ -252,7 +286,7 @@ class Turn:
         reply: str,
         judged: Judged,
         act: Act,
-        retried: str,
+        retried: _Retried | None,
         shadow: dict[str, Any] | None,
     ) -> None:
         if self.records is None:
@@ -272,13 +306,13 @@ class Turn:
             "failure": judged.failure,
             "acted": str(act),
             "judge_s": round(judged.latency_s, 4),
+            "retry": None if retried is None else retried.judged.public(),
             "shadow": shadow,
         }
-        prompt: list[Message] = list(self.prompt_of(index))
         texts = {
-            "prompt": [turn.to_row() for turn in prompt],
+            "prompt": [turn.to_row() for turn in self.prompt_of(index)],
             "response": reply,
-            "retried": retried,
+            "retried": self._text(retried.choice) if retried and act is Act.RETRIED else "",
             "reason": judged.verdict.reason,
         }
-        self.records.write(row, texts)
+        self.records.keep(row, texts)

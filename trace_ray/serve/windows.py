@@ -27,6 +27,8 @@ class Window:
     """Characters up to which the text was found to comply."""
     started: bool = False
     """Whether any event has gone out."""
+    sent: int = 0
+    """Characters that have gone out."""
     _kept: list[tuple[int, Any]] = field(default_factory=list)
 
     def add(self, text: str, event: Any) -> None:
@@ -55,6 +57,7 @@ class Window:
         out = [(place, event) for place, event in self._kept if place <= end]
         self._kept = self._kept[len(out) :]
         self.started = self.started or bool(out)
+        self.sent = max([self.sent, *(place for place, _ in out)])
         return [event for _, event in out]
 
 
