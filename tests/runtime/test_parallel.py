@@ -10,12 +10,11 @@ from trace_ray.models.references import ModelSource
 from trace_ray.rollout.parallel import side_by_side
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    source: ModelSource
-
-
 def jobs(*sizes):
+    @dataclasses.dataclass(frozen=True)
+    class Job:  # in here, so that it travels to a worker by value
+        source: ModelSource
+
     return [Job(ModelSource("m", "/m", "", "d", "llama", size)) for size in sizes]
 
 
