@@ -202,6 +202,7 @@ def updated(mended):
     """The next policy, applied from its plan."""
     config = yaml.safe_load((mended / "fleet.yaml").read_text())
     config["policy"] = policy(mended, "3", "your")
+    config["training"]["max_steps"] = 4  # once over all pairs: two batches may hold no conflict
     for model in config["models"]:
         model["adapter"] = f"models:/trace-{model['name']}@challenger"
     path, out = mended / "third.yaml", mended / "third.json"
