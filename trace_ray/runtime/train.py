@@ -203,7 +203,7 @@ def _train_to_the_end(trainer: RealignTrainer, work: Path, reporter: Reporter | 
             trainer.train(resume_from_checkpoint=str(last))
             return
     if reporter is not None:
-        text = f"checkpoint {checkpoint.path}: {damage}; it is put aside, training begins anew"
+        text = f"checkpoint {checkpoint.path}: {damage}; it is left aside, training begins anew"
         reporter.tell("train", "retrying", 0, error=text)
     # Of the checkpoints there, the one of the highest step would count as the newest.
     shutil.rmtree(work, ignore_errors=True)
