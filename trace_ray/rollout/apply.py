@@ -137,10 +137,8 @@ def _run(
             refuse_overlap(inputs, pairs.path / "pairs.parquet")
             triaged = triage_all(inputs, pairs, fleet)
             grader = evaluation_judge(inputs, fleet)
-            write_json(
-                inputs.store.run_dir(inputs.run_id) / SETS,
-                set_digests(triaged.rows, pairs.path / "pairs.parquet"),
-            )
+            sets = inputs.store.run_dir(inputs.run_id) / SETS
+            write_json(sets, set_digests(triaged.rows, pairs.path / "pairs.parquet"))
             keep_policy(inputs.store.root, inputs.policy)
             jobs = [
                 ModelJob(
