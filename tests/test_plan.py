@@ -1,22 +1,30 @@
 """Estimates of a plan and the check of its inputs, without a cluster."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from trace_ray.config import load_config
+from trace_ray.config import Resources, load_config
 from trace_ray.errors import ConfigError
 from trace_ray.models.references import resolve_model
 from trace_ray.rollout import estimate
 from trace_ray.rollout.lineage import keep_policy, kept_policy
 from trace_ray.rollout.model_job import ADAPTERS, SCORES, Deployed, ModelJob
 from trace_ray.rollout.plan import read_inputs
-from trace_ray.rollout.plan_file import Expected, input_digests, read_plan, write_plan
+from trace_ray.rollout.plan_file import (
+    Expected,
+    digests,
+    input_digests,
+    read_plan,
+    write_plan,
+)
+from trace_ray.rollout.planning import CHANGES, FleetPlan, ModelPlan
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
-from trace_ray.testing import tiny_model
+from trace_ray.testing import tiny_adapter, tiny_model, tiny_task
 
 
 @pytest.fixture
@@ -94,17 +102,94 @@ def test_an_earlier_run_on_the_same_base_is_believed_before_arithmetic(job):
     assert "2.5 s for 10; 40 now" in known.basis
 
 
+def test_device_time_is_of_all_workers_and_of_gpus_where_there_are_some(job):
+    shape = estimate.shape_of(Path(job.base_dir), "all-linear")
+    units, tokens = {SCORES: 40, ADAPTERS: 80}, {SCORES: 100.0, ADAPTERS: 100.0}
+    fleet = []
+    for resources in (Resources(num_cpus=3), Resources(num_cpus=3, num_gpus=2)):
+        training = job.model.training.model_copy(update={"workers": 4})
+        model = job.model.model_copy(update={"resources": resources, "training": training})
+        costs = estimate.stage_costs(dataclasses.replace(job, model=model), shape, units, tokens)
+        score, train = costs[SCORES], costs[ADAPTERS]
+        assert score.seconds is not None
+        assert train.seconds is not None
+        held = train.seconds * 4
+        if resources.num_gpus:
+            assert train.spent == estimate.Spent(gpu_hours=held * 2 / 3600)
+            # Twice the pairs on four workers, at the same rate of each.
+            assert train.seconds == pytest.approx(score.seconds * 2 / 4)
+        else:
+            assert train.spent == estimate.Spent(cpu_minutes=held * 3 / 60)
+            assert score.spent == estimate.Spent(cpu_minutes=score.seconds * 3 / 60)
+        fleet.append(ModelPlan("one", CHANGES, "", "", stages=[score, train]))
+    plan = FleetPlan("f", "r", {}, None, fleet).to_row()
+    for device in ("gpu_hours", "cpu_minutes"):
+        parts = [cost["spent"][device] for row in plan["models"] for cost in row["stages"]]
+        assert sum(parts) > 0
+        assert plan["spent"][device] == pytest.approx(sum(parts))
+
+
 def test_a_plan_holds_for_its_inputs_alone(job, tmp_path):
-    digests = input_digests(job.inputs)
+    found = input_digests(job.inputs)
     path = tmp_path / "plan.json"
-    write_plan(path, {"config": "fleet.yaml", "digests": digests})
+    write_plan(path, {"config": "fleet.yaml", "digests": found})
     expected = Expected(str(path), read_plan(str(path))["digests"])
-    expected.require(digests)
+    expected.require(found)
     with pytest.raises(ConfigError, match=r"since it was planned: policy, data; plan again"):
-        expected.require(digests | {"policy": "x", "data": "y"})
+        expected.require(found | {"policy": "x", "data": "y"})
     path.write_text("{}")
     with pytest.raises(ConfigError, match="is not a plan"):
         read_plan(str(path))
+
+
+def test_a_plan_holds_for_all_that_judges_oracle_and_tasks_are_made_of(job, tmp_path):
+    judge, oracle = tiny_model(tmp_path / "judge", seed=3), tiny_model(tmp_path / "oracle", seed=4)
+    adapter = tiny_adapter(tmp_path / "adapter", judge, seed=5)
+    label = '{"prompt": "q", "response": "foo", "verdict": "%s"}\n'
+    for name in ("first.jsonl", "second.jsonl", "third.jsonl"):
+        (tmp_path / name).write_text(label % "violates")
+    (tmp_path / "replies.jsonl").write_text('{"prompt": "q", "response": "bar"}\n')
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "What?", "bin": "invert"}\n')
+    tiny_task(tmp_path / "tasks")
+    fleet = yaml.safe_load((tmp_path / "fleet.yaml").read_text())
+    fleet["training"]["objective"] = "trace_oracle"
+    small = {"model": str(judge), "adapter": str(adapter), "labels": "first.jsonl"}
+    cheap = {"kind": "rules", "labels": "second.jsonl"}
+    fleet["judge"] = {"kind": "cascade", "judges": [cheap, small]}
+    fleet["evaluation"] = {
+        "prompts": "heldout.jsonl",
+        "judge": {"kind": "rules", "labels": "third.jsonl"},
+        "tasks": ["evenness"],
+        "task_files": "tasks",
+    }
+
+    def now(oracle):
+        path = tmp_path / "judged.yaml"
+        path.write_text(yaml.safe_dump(fleet | {"oracle": oracle}))
+        return digests(read_inputs(str(path)), {}, {})
+
+    by_model = {"kind": "vllm", "model": str(oracle)}
+    by_file = {"kind": "file", "path": "replies.jsonl"}
+    before, filed = now(by_model), now(by_file)
+    assert (now(by_model), now(by_file)) == (before, filed)
+    changes = {
+        "judge.judges.1.model": lambda: tiny_model(judge, seed=6),
+        "judge.judges.1.adapter": lambda: tiny_adapter(adapter, judge, seed=7),
+        "judge.judges.0.labels": lambda: (tmp_path / "second.jsonl").write_text(label % "complies"),
+        "judge.judges.1.labels": lambda: (tmp_path / "first.jsonl").write_text(label % "complies"),
+        "evaluation.judge.labels": lambda: (tmp_path / "third.jsonl").write_text(
+            label % "complies"
+        ),
+        "evaluation.tasks": lambda: (tmp_path / "tasks" / "more.txt").write_text("more"),
+        "oracle.model": lambda: tiny_model(oracle, seed=8),
+    }
+    for name, change in changes.items():
+        change()
+        after = now(by_model)
+        assert {key for key in after | before if after.get(key) != before.get(key)} == {name}
+        before = after
+    (tmp_path / "replies.jsonl").write_text('{"prompt": "q", "response": "baz"}\n')
+    assert filed["oracle.path"] != now(by_file)["oracle.path"]
 
 
 def test_retries_and_parallel_are_no_part_of_a_run_s_identity(job, tmp_path):

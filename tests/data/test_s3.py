@@ -1,6 +1,8 @@
 """Sources in a bucket: a local S3 server, the real client."""
 
+import threading
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import boto3
 import pytest
@@ -90,6 +92,62 @@ def test_refusals_say_what_to_do(bucket, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     with pytest.raises(DataError, match="no AWS keys found; set AWS_ACCESS_KEY_ID"):
         locate("s3://acme/shards")
+
+
+LISTED = b"""<ListBucketResult><Name>acme</Name><IsTruncated>false</IsTruncated>
+<Contents><Key>a.jsonl</Key><Size>3</Size><ETag>"e"</ETag></Contents></ListBucketResult>"""
+SLOW = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+@pytest.fixture
+def throttling(monkeypatch):
+    """A bucket that answers 503 as often as the list says; it holds what it was asked."""
+    left, asked = [0], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            left[0] -= 1
+            body = SLOW if left[0] >= 0 else LISTED
+            self.send_response(503 if left[0] >= 0 else 200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield left, asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_throttled_request_is_made_again(throttling):
+    left, asked = throttling
+    left[0] = 3
+    found = s3.list_objects("s3://acme/a", s3.S3Access.from_environment())
+    assert [name for name, _, _ in found] == ["s3://acme/a.jsonl"]
+    assert len(asked) == 4
+
+
+def test_a_bucket_that_always_throttles_says_so_and_what_to_do(throttling):
+    left, asked = throttling
+    left[0] = 1000
+    with pytest.raises(DataError, match="S3 throttled the requests") as caught:
+        s3.list_objects("s3://acme/a", s3.S3Access.from_environment())
+    assert "run again later" in str(caught.value)
+    assert "the network" not in str(caught.value)
+    assert len(asked) == 5
 
 
 def test_access_denied(s3_server, client, monkeypatch):

@@ -14,8 +14,10 @@ from small_fleet import ROOT, command, here, make_fleet, policy, report_of, trac
 
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.fleet_journal import FleetState
+from trace_ray.runtime.registry import Registry, default_uri
 from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.testing import tiny_model
+from trace_ray.version import code_version
 
 SLOW = {"kind": "scripted", "script": [{"contains": "the", "p_violate": 0.9}], "delay_s": 3}
 
@@ -31,24 +33,36 @@ def state_of(folder):
     return FleetState(FolderFiles(folder / "storage" / "state" / "trace"))
 
 
-def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
-    """A judge that takes its time; a second apply; cancel, as if a script had started it with ``&``."""
+def slow_apply(folder, *options):
+    """Start an apply whose judge takes its time."""
     slow = yaml.safe_load((folder / "fleet.yaml").read_text()) | {"judge": SLOW}
     (folder / "slow.yaml").write_text(yaml.safe_dump(slow))
-    first = subprocess.Popen(
-        command("apply", folder / "slow.yaml"),
+    return subprocess.Popen(
+        command("apply", folder / "slow.yaml", *options),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
-    limit = time.monotonic() + 120
-    while (record := state_of(folder).read()) is None or "triage" not in record.rows[
-        "fleet"
-    ].stages:
-        assert first.poll() is None
+
+
+def wait_for_triage(folder, process):
+    """Wait until the fleet is triaged by ``process``."""
+    state, limit = state_of(folder), time.monotonic() + 120
+    while True:
+        holder, record = state.lock.holder(), state.read()
+        held = holder is not None and holder.pid == process.pid
+        if held and record is not None and "triage" in record.rows["fleet"].stages:
+            return
+        assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.3)
+
+
+def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
+    """A judge that takes its time; a second apply; cancel, as if a script had started it with ``&``."""
+    first = slow_apply(folder)
+    wait_for_triage(folder, first)
     second = here("apply", folder / "fleet.yaml")
     assert second.returncode == 2
     assert f"process {first.pid}" in second.stderr
@@ -65,6 +79,25 @@ def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
     again = here("cancel", folder / "fleet.yaml")
     assert again.returncode == 2
     assert "nothing runs" in again.stderr
+
+
+def test_force_unlock_takes_the_fleet_from_an_apply_that_then_stops(folder):
+    first = slow_apply(folder)
+    wait_for_triage(folder, first)
+    second = slow_apply(folder, "--force-unlock")
+    _, lost = first.communicate(timeout=120)
+    assert first.returncode == 130, lost
+    assert "stopped: the fleet was taken over by" in lost
+    assert f"process {second.pid}" in lost
+    wait_for_triage(folder, second)
+    record = state_of(folder).read()
+    assert record is not None
+    assert record.status == "running"
+    assert here("cancel", folder / "fleet.yaml").returncode == 0
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 130, said
+    assert f"process {first.pid}" in said
+    assert said.count("--force-unlock") == 1
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +195,64 @@ def test_a_plan_shows_the_change_and_holds_only_for_its_inputs(mended):
     (mended / "pairs.jsonl").write_text(pairs)
     assert refused.returncode == 2
     assert "changed since it was planned: policy, data; plan again" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def updated(mended):
+    """The next policy, applied from its plan."""
+    config = yaml.safe_load((mended / "fleet.yaml").read_text())
+    config["policy"] = policy(mended, "3", "your")
+    config["training"]["max_steps"] = 4  # once over all pairs: two batches may hold no conflict
+    for model in config["models"]:
+        model["adapter"] = f"models:/trace-{model['name']}@challenger"
+    path, out = mended / "third.yaml", mended / "third.json"
+    path.write_text(yaml.safe_dump(config))
+    done = here("plan", path, "--out", out, "--detailed-exitcode")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "CPU-minutes" in done.stdout
+    assert json.loads(out.read_text())["spent"]["cpu_minutes"] > 0
+    done = here("apply", out)
+    assert done.returncode == 0, done.stderr
+    return mended, path, out
+
+
+def test_a_plan_is_refused_once_an_alias_moved_or_a_base_changed(updated):
+    folder, _, out = updated
+    moved = here("apply", out)
+    assert moved.returncode == 2
+    # Both challengers are now what the plan made.
+    names = "models.good.adapter, models.broken.adapter"
+    assert f"changed since it was planned: {names}; plan again" in moved.stderr
+    plan = folder / "same.json"
+    assert here("plan", folder / "fleet.yaml", "--out", plan).returncode == 0
+    weights = (folder / "good" / "model.safetensors").read_bytes()
+    tiny_model(folder / "good", "llama", seed=11)
+    refused = here("apply", plan)
+    (folder / "good" / "model.safetensors").write_bytes(weights)
+    assert refused.returncode == 2
+    assert "changed since it was planned: models.good.base; plan again" in refused.stderr
+    assert here("apply", plan).returncode == 0
+
+
+def test_lineage_shows_the_chain_of_parents(updated):
+    folder, config, _ = updated
+    registry = Registry(default_uri(folder / "storage"))
+    first, second = (version.tags for version in registry.versions("trace-good"))
+    assert second["code_version"] == code_version()
+    record = folder / "storage/lineage" / f"{second['adapter_id']}.json"
+    for kept in (True, False):  # without the record the registry's tags tell as much
+        if not kept:
+            record.rename(folder / "record.json")
+        done = here("lineage", second["adapter_id"], "--config", config)
+        assert done.returncode == 0, done.stderr
+        child, parent = done.stdout.split(f"\n{first['adapter_id']}", 1)
+        assert second["adapter_id"] in child
+        for tags, shown in ((second, child), (first, parent)):
+            for name in ("verdict_set", "triaged_set", "gold_batch", "code_version"):
+                assert tags[name] in shown, name
+        assert "acme 3" in child
+        assert "acme 2" in parent
+    (folder / "record.json").rename(record)
 
 
 def test_a_model_that_can_not_fit_fails_in_the_plan_with_numbers(mended):

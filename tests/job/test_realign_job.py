@@ -7,6 +7,7 @@ and refused. That the method works is measured on real models by ``make quicksta
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -411,9 +412,15 @@ def test_ray_job_submit_of_the_same_run_does_no_work_after_a_rollback(realigned,
             assert head.poll() is None
             assert time.monotonic() < limit
             time.sleep(1)
-        job_command = [sys.executable, str(ROOT / "jobs" / "realign_fleet.py")]
+        checkout = tmp_path / "checkout"
+        for part in ("jobs", "trace_ray"):
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, checkout / part, ignore=ignore)
+        own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "none")}
         done = subprocess.run(
-            [ray, "job", "submit", "--address", address, "--", *job_command]
+            [ray, "job", "submit", "--address", address, "--working-dir", str(checkout)]
+            + ["--runtime-env-json", json.dumps({"env_vars": own}), "--"]
+            + [sys.executable, "jobs/realign_fleet.py"]
             + ["--config", str(realigned / "realign.yaml")],
             env=env,
             capture_output=True,

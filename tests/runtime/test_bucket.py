@@ -290,6 +290,18 @@ def test_a_config_names_bucket_or_folder(tmp_path, monkeypatch):
     config.require_folder("serving")
 
 
-def test_other_places_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"storage: must be a folder or s3://bucket/prefix"):
-        load_config(config_with(tmp_path, storage="gs://acme/trace"))
+def test_other_places_are_refused(tmp_path, monkeypatch):
+    for storage in ("gs://acme/trace", "file://host/trace"):
+        with pytest.raises(ConfigError, match=r"storage: must be a folder, file:///path or s3://"):
+            load_config(config_with(tmp_path, storage=storage))
+    monkeypatch.setenv("TRACE_RAY_STORAGE", "gs://acme/trace")
+    with pytest.raises(ConfigError, match="TRACE_RAY_STORAGE: must be a folder"):
+        load_config(config_with(tmp_path))
+
+
+def test_a_file_address_is_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "a b"
+    config = load_config(config_with(tmp_path, storage=folder.as_uri()))
+    assert (config.bucket, config.storage) == (None, str(folder))
+    monkeypatch.setenv("TRACE_RAY_STORAGE", f"file://{tmp_path}/other")
+    assert load_config(tmp_path / "fleet.yaml").storage == str(tmp_path / "other")

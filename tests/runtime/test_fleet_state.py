@@ -5,12 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from trace_ray.cli import app
 from trace_ray.errors import StateError
+from trace_ray.rollout.keeper import Keeper
 from trace_ray.rollout.status import status_view
 from trace_ray.runtime import fleet_lock
 from trace_ray.runtime.fleet_journal import JOURNAL, FleetState, Journal
@@ -64,6 +69,22 @@ def test_force_takes_it_from_one_that_lives_who_then_knows(tmp_path):
     assert not first.is_mine()
     first.release()  # must not give away what is not its own
     assert second.is_mine()
+
+
+def test_who_lost_the_fleet_leaves_the_journal_to_its_new_holder_and_stops(tmp_path, monkeypatch):
+    state = FleetState(FolderFiles(tmp_path))
+    first, second = state.lock, state.lock
+    first.acquire()
+    keeper = Keeper(state, first, Journal(state, "p-2-aa", "a.yaml", ["a"], tmp_path / "logs"))
+    keeper({"a": Line("train", 1, 10)}, [])
+    second.acquire(force=True)
+    Journal(state, "p-2-bb", "b.yaml", ["a"], tmp_path / "logs")
+    theirs = (tmp_path / JOURNAL).read_text()
+    monkeypatch.setattr(os, "kill", lambda *_: None)  # no interrupt of the tests
+    keeper({"a": Line("train", 2, 10)}, [])
+    keeper.end("stopped", keeper.stopped)
+    assert keeper.stopped.startswith("the fleet was taken over by ")
+    assert (tmp_path / JOURNAL).read_text() == theirs
 
 
 @pytest.fixture
@@ -164,3 +185,54 @@ def test_status_names_the_error_the_log_and_the_retry(tmp_path):
     assert "b: last error: no room [GPU]" in shown
     assert str(tmp_path / "logs" / "b.log") in shown
     assert "retry: trace-ray apply fleet.yaml --only b" in shown
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """A fleet under way, and the words that watch it."""
+    (tmp_path / "policy.yaml").write_text("")
+    storage = tmp_path / "storage"
+    (tmp_path / "fleet.yaml").write_text(
+        "policy: policy.yaml\ndata: {source: d.jsonl}\ntraining: {objective: sft}\n"
+        f"models: [{{name: a, base: b}}]\nstorage: {storage}\n"
+    )
+    state = FleetState(FolderFiles(storage / "state" / "trace"))
+    journal = Journal(state, "p-2-aa", "fleet.yaml", ["a"], tmp_path / "logs")
+    return state, journal, ["status", str(tmp_path / "fleet.yaml"), "--watch"]
+
+
+def test_watch_follows_a_run_to_its_end(watched):
+    state, journal, words = watched
+    lock = state.lock
+    lock.acquire()
+
+    def end():
+        journal.settle("a", "done")
+        journal.end("done")
+        lock.release()
+
+    timer = threading.Timer(2.5, end)
+    timer.start()
+    started = time.monotonic()
+    done = CliRunner().invoke(app, words)
+    assert time.monotonic() - started > 2.4
+    assert (done.exit_code, "go on with" in done.stdout) == (0, False)
+    assert "done; journal 2" in done.stdout
+    timer.join()
+
+
+def test_watch_ends_where_the_holder_on_another_host_is_dead(watched, monkeypatch):
+    state, _, words = watched
+    monkeypatch.setattr(fleet_lock, "SILENCE_S", 1.5)
+    holder = replace(Holder.this_process(), host="node-7", pid=1 << 22)
+    state.files.write("lock.json", json.dumps(asdict(holder)))
+    touches = [threading.Timer(after, state.files.touch, ["lock.json"]) for after in (1, 2)]
+    for touch in touches:
+        touch.start()
+    started = time.monotonic()
+    done = CliRunner().invoke(app, words)
+    assert 3 < time.monotonic() - started < 20
+    assert done.exit_code == 0
+    assert "on node-7, process" in done.stdout
+    assert "no sign of life" in done.stdout
+    assert "go on with: trace-ray apply" in done.stdout

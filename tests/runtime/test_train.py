@@ -46,6 +46,63 @@ def breaks_once(mark: Path, step: int):
     return report
 
 
+def damages_once(folder: Path, name: str, step: int):
+    """Return a reporter that cuts a file of the last checkpoint off and fails, once, at ``step``."""
+
+    class Reporter:  # in here, so that it travels to a worker by value
+        def __call__(self, stage, done=0, total=0, note=""):
+            if done == step and not (folder / "damaged").exists():
+                (folder / "damaged").touch()
+                (path,) = folder.glob(f"checkpoints/*/checkpoint_*/checkpoint/{name}")
+                path.write_bytes(path.read_bytes()[:-100])
+                raise RuntimeError("the worker broke")
+
+        def tell(self, stage, what, attempt=1, error=""):
+            with (folder / "told").open("a") as file:
+                file.write(f"{stage} {what} {attempt} {error}\n")
+
+    return Reporter()
+
+
+def small_job(folder, base, deployed, rows, **settings):
+    """A job of 9 steps with checkpoints at 4 and 8."""
+    config = TrainingConfig.model_validate(
+        {
+            "batch_size": 3,
+            "epochs": 3,
+            "learning_rate": 1e-2,
+            "save_steps": 4,
+            "autocast": "none",
+            "max_length": 64,
+            "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
+            **settings,
+        }
+    )
+    return TrainJob(
+        model=folder.name,
+        base=base,
+        adapter=deployed,
+        rows=str(rows),
+        config=config,
+        resources=Resources(num_cpus=1, threads=1),
+        out=str(folder),
+        run_name=folder.name,
+        checkpoints=str(folder.parent / "checkpoints"),
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_training_begins_anew_where_its_checkpoint_can_not_be_read(cluster, rows, tmp_path, name):
+    base = str(tiny_model(tmp_path / "base"))
+    job = small_job(tmp_path / "one", base, None, rows)
+    train(job, damages_once(tmp_path, name, 6))  # pyright: ignore[reportArgumentType]
+    (told,) = (tmp_path / "told").read_text().splitlines()
+    assert told.startswith(f"train retrying 0 checkpoint {tmp_path}/checkpoints/one/checkpoint_")
+    assert f"{name} can't be read" in told
+    history = json.loads((tmp_path / "one" / "history.json").read_text())
+    assert [entry["step"] for entry in history["log"] if "loss" in entry] == list(range(1, 10))
+
+
 def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
     base = str(tiny_model(tmp_path / "base"))
     deployed = str(tiny_adapter(tmp_path / "deployed", base, seed=1))
@@ -61,30 +118,8 @@ def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
             "gradient_checkpointing": True,
         },
     }.items():
-        config = TrainingConfig.model_validate(
-            {
-                "batch_size": 3,
-                "epochs": 3,
-                "learning_rate": 1e-2,
-                "save_steps": 4,
-                "autocast": "none",
-                "max_length": 64,
-                "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
-                **settings,
-            }
-        )
         out = tmp_path / name
-        job = TrainJob(
-            model=name,
-            base=base,
-            adapter=deployed,
-            rows=str(rows),
-            config=config,
-            resources=Resources(num_cpus=1, threads=1),
-            out=str(out),
-            run_name=name,
-            checkpoints=str(tmp_path / "checkpoints"),
-        )
+        job = small_job(out, base, deployed, rows, **settings)
         broken = tmp_path / "broken"
         train(job, breaks_once(broken, 6) if name == "sharded" else lambda *_, **__: None)
         assert broken.exists() == (name == "sharded")

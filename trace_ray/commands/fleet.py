@@ -57,18 +57,21 @@ def status_command(
         from rich.live import Live
 
         from trace_ray.config import load_config
-        from trace_ray.rollout.status import is_running, status_view
+        from trace_ray.rollout.status import status_view, why_ended
         from trace_ray.runtime.fleet_journal import FleetState
+        from trace_ray.runtime.fleet_lock import Silence
 
         state = FleetState.of(load_config(config))
         console = terminal()
         if watch:
+            silence = Silence(state.files)
             with Live(console=console, refresh_per_second=2) as live:
-                while True:
+                while (why := why_ended(state, silence)) is None:
                     live.update(status_view(state, str(config)))
-                    if not is_running(state):
-                        break
                     time.sleep(1)
+                live.update(status_view(state, str(config)))
+            if why:
+                console.print(f"{why}; go on with: trace-ray apply {config}", markup=False)
         else:
             console.print(status_view(state, str(config)), soft_wrap=True)
         record = state.read()

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 import yaml
 from pydantic import (
@@ -147,18 +148,16 @@ class FleetConfig(Section):
     serve: ServeSection = ServeSection()
     events: EventsSection = EventsSection()
     storage: str = ".trace-ray"
-    """A folder that all nodes see, or ``s3://bucket/prefix``, of which each node then keeps a copy in
-    ``TRACE_RAY_CACHE``; once loaded, the folder: that copy's, where it is a bucket."""
+    """A folder that all nodes see (a path, or ``file:///path``), or ``s3://bucket/prefix``, of which each
+    node then keeps a copy in ``TRACE_RAY_CACHE``; once loaded, the folder: that copy's, where it is a
+    bucket."""
     tracking: TrackingConfig = TrackingConfig()
     _bucket: str | None = PrivateAttr(default=None)
 
     @field_validator("storage")
     @classmethod
     def _is_folder_or_bucket(cls, storage: str) -> str:
-        scheme, found, place = storage.partition("://")
-        if found and (scheme != "s3" or not place.strip("/")):
-            raise ValueError("must be a folder or s3://bucket/prefix")
-        return storage
+        return _folder_or_bucket(storage)
 
     @field_validator("models")
     @classmethod
@@ -179,6 +178,17 @@ class FleetConfig(Section):
         if self.oracle is None and objectives <= CORRECTED:
             raise ValueError(f"objective {self.objective!r} needs an 'oracle' section")
         return self
+
+    @property
+    def judges(self) -> dict[str, JudgeConfig]:
+        """Every judge by its place in the config, members of a cascade or quorum included."""
+        second = self.evaluation and self.evaluation.judge
+        found: dict[str, JudgeConfig] = {}
+        for where, judge in (("judge", self.judge), ("evaluation.judge", second)):
+            if judge is not None:
+                found[where] = judge
+                found |= {f"{where}.judges.{i}": each for i, each in enumerate(judge.judges)}
+        return found
 
     @property
     def bucket(self) -> str | None:
@@ -301,7 +311,10 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     data = config.data.model_copy(
         update={"source": at(config.data.source), "gold": at(config.data.gold)}
     )
-    storage = os.environ.get("TRACE_RAY_STORAGE") or config.storage
+    try:
+        storage = _folder_or_bucket(os.environ.get("TRACE_RAY_STORAGE") or config.storage)
+    except ValueError as error:
+        raise ConfigError(f"TRACE_RAY_STORAGE: {error}") from None
     bucket = storage.rstrip("/") if storage.startswith("s3://") else None
     found = config.model_copy(
         update={
@@ -316,6 +329,20 @@ def _resolve_paths(config: FleetConfig, folder: Path) -> FleetConfig:
     )
     found._bucket = bucket
     return found
+
+
+def _folder_or_bucket(storage: str) -> str:
+    """Return a storage as a path or ``s3://bucket/prefix``.
+
+    Raises:
+        ValueError: it is neither, nor ``file:///path``.
+    """
+    scheme, found, place = storage.partition("://")
+    if found and scheme == "file" and place.startswith("/"):
+        return unquote(place)
+    if found and (scheme != "s3" or not place.strip("/")):
+        raise ValueError("must be a folder, file:///path or s3://bucket/prefix")
+    return storage
 
 
 def _copy_of(bucket: str) -> str:

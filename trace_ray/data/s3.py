@@ -27,6 +27,13 @@ _VARIABLES = {
 }
 _BUFFER = 4 << 20
 _ATTEMPTS = 3
+"""Of a body that breaks off."""
+_REQUESTS = 5
+"""Of a request that S3 throttles or that gets no answer; the pauses grow to 20 s."""
+_SLOWED = (
+    f"S3 throttled the requests, also the last of {_REQUESTS} with growing pauses; run again later (what "
+    "is done is kept), with fewer workers at once or more key prefixes"
+)
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket; check its name and AWS_ENDPOINT_URL",
     "AccessDenied": "access denied; the keys need s3:ListBucket and s3:GetObject there (a storage "
@@ -37,6 +44,15 @@ _ADVICE = {
     "ExpiredToken": "the session token has expired; get new keys and run again",
     "NoSuchKey": "the object was deleted after it was listed; run again",
     "PreconditionFailed": "the object was replaced after it was listed; run again",
+    "InvalidToken": "the session token is not valid; get new keys and run again",
+    "SlowDown": _SLOWED,
+    "Throttling": _SLOWED,
+    "ThrottlingException": _SLOWED,
+    "RequestLimitExceeded": _SLOWED,
+    "TooManyRequests": _SLOWED,
+    "ServiceUnavailable": _SLOWED,
+    "503": _SLOWED,
+    "429": _SLOWED,
 }
 
 
@@ -62,7 +78,7 @@ class S3Access:
 
     def filesystem(self) -> Any:
         """Return the same access as pyarrow's file system, whose paths begin with the bucket."""
-        from pyarrow.fs import S3FileSystem
+        from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
         names = {
             "aws_access_key_id": "access_key",
@@ -75,7 +91,9 @@ class S3Access:
         scheme, _, host = found.get("endpoint_override", "").rpartition("://")
         if host:
             found |= {"endpoint_override": host, "scheme": scheme or "https"}
-        return S3FileSystem(**found)
+        return S3FileSystem(
+            **found, retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_REQUESTS)
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -83,7 +101,7 @@ def _client(access: S3Access) -> Any:
     from boto3.session import Session
     from botocore.config import Config
 
-    retries: Any = {"max_attempts": _ATTEMPTS, "mode": "standard"}
+    retries: Any = {"total_max_attempts": _REQUESTS, "mode": "standard"}
     config = Config(retries=retries, connect_timeout=10, read_timeout=60)
     settings: dict[str, Any] = dict(access.settings)
     return Session().client("s3", config=config, **settings)

@@ -34,6 +34,7 @@ from trace_ray.rollout.parallel import (
 from trace_ray.rollout.plan import Inputs, chosen_models, read_inputs
 from trace_ray.rollout.plan_file import Expected, digests, input_digests, is_plan, read_plan
 from trace_ray.rollout.review import REVIEW, write_review
+from trace_ray.rollout.room import require_room
 from trace_ray.rollout.second_judge import judges_row
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
@@ -118,6 +119,7 @@ def _run(
         fleet = Reporter(board, FLEET)
         with View(board, listener=keeper):
             fleet("loading models")
+            require_room(inputs.config)
             sources, deployed, failed = find_models(inputs, models)
             if expected is not None:
                 expected.require(digests(inputs, sources, deployed))
@@ -135,10 +137,8 @@ def _run(
             refuse_overlap(inputs, pairs.path / "pairs.parquet")
             triaged = triage_all(inputs, pairs, fleet)
             grader = evaluation_judge(inputs, fleet)
-            write_json(
-                inputs.store.run_dir(inputs.run_id) / SETS,
-                set_digests(triaged.rows, pairs.path / "pairs.parquet"),
-            )
+            sets = inputs.store.run_dir(inputs.run_id) / SETS
+            write_json(sets, set_digests(triaged.rows, pairs.path / "pairs.parquet"))
             keep_policy(inputs.store.root, inputs.policy)
             jobs = [
                 ModelJob(

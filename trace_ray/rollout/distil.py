@@ -23,6 +23,7 @@ from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.records import AdapterRecord, RegisteredVersion
 from trace_ray.runtime.verdict_store import CLAUSES
 from trace_ray.types import Label, LabelledResponse, Verdict, content_digest, response_id
+from trace_ray.version import code_version
 
 RULES = "rules"
 
@@ -164,6 +165,7 @@ def _register(
         alias=alias,
         params={"learnt_from": learnt_from, "n_labels": len(rows)} | _fit_params(config),
         metrics=measures,
+        made_from={"code_version": code_version()},
         card=json.dumps(card.to_row()),
     )
     return inputs.registry().register(record)

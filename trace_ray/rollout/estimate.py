@@ -11,10 +11,11 @@ import json
 import math
 import struct
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trace_ray.config import Resources
 from trace_ray.models.families import read_config
 from trace_ray.rollout.grading import MEASURES as MEASURES_FILE
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
@@ -33,6 +34,29 @@ PROCESS_BYTES = int(1.0 * GIB)
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """Time of the devices that are held: GPU-hours where there are GPUs among them, else CPU-minutes."""
+
+    gpu_hours: float = 0.0
+    cpu_minutes: float = 0.0
+
+    @classmethod
+    def of(cls, resources: Resources, workers: int, seconds: float) -> Spent:
+        """Return what so many workers hold for ``seconds``."""
+        held = seconds * workers
+        if resources.num_gpus:
+            return cls(gpu_hours=held * resources.num_gpus / 3600)
+        return cls(cpu_minutes=held * resources.num_cpus / 60)
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.gpu_hours + other.gpu_hours, self.cpu_minutes + other.cpu_minutes)
+
+    def __str__(self) -> str:
+        parts = {"GPU-hours": self.gpu_hours, "CPU-minutes": self.cpu_minutes}
+        return ", ".join(f"{n:.3g} {name}" for name, n in parts.items() if n) or "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """One stage of one model."""
 
@@ -41,10 +65,7 @@ class Cost:
     seconds: float | None
     """None where nothing is to be done."""
     basis: str
-
-    def to_row(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
+    spent: Spent = Spent()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +164,25 @@ def stage_costs(
 
 
 def _cost(job: ModelJob, stage: str, shape: Shape, n: int, tokens: float) -> Cost:
+    resources, training = job.model.resources, job.model.training
+    workers = {SCORES: training.impact.workers, ADAPTERS: training.workers}.get(stage, 1)
     known = _earlier(job.inputs.store, stage, job.source.digest)
     if known is not None:
-        units, seconds = known
-        basis = f"an earlier run on this base took {seconds:.1f} s for {units}"
-        return Cost(stage, False, n * seconds / units, f"{basis}; {n} now")
-    flop = FLOP[stage] * shape.parameters * n * tokens
-    if job.model.resources.num_gpus:
-        rate, basis = GPU_FLOPS * job.model.resources.num_gpus, "assumed of its GPUs"
+        units, took = known
+        seconds = n * took / units
+        basis = f"an earlier run on this base took {took:.1f} s for {units}; {n} now"
     else:
-        threads = job.model.resources.n_threads
-        rate, basis = _matmul_rate(threads), f"a matrix product timed here, {threads} threads"
-    work = (
-        f"{shape.parameters / 1e6:.3g}M parameters x {n * tokens:.3g} tokens x {FLOP[stage]} FLOP"
-    )
-    return Cost(stage, False, flop / rate, f"{work} at {rate / 1e9:.3g} GFLOP/s ({basis})")
+        flop = FLOP[stage] * shape.parameters * n * tokens
+        if resources.num_gpus:
+            rate, basis = GPU_FLOPS * resources.num_gpus, "assumed of its GPUs"
+        else:
+            threads = resources.n_threads
+            rate, basis = _matmul_rate(threads), f"a matrix product timed here, {threads} threads"
+        seconds = flop / rate / workers
+        work = f"{shape.parameters / 1e6:.3g}M parameters x {n * tokens:.3g} tokens"
+        at = f"{rate / 1e9:.3g} GFLOP/s ({basis})" + (f" x {workers}" if workers > 1 else "")
+        basis = f"{work} x {FLOP[stage]} FLOP at {at}"
+    return Cost(stage, False, seconds, basis, Spent.of(resources, workers, seconds))
 
 
 def _earlier(store: Store, stage: str, base: str) -> tuple[int, float] | None:

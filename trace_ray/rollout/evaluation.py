@@ -153,7 +153,7 @@ def _on_cluster(
         grader = evaluation_judge(inputs, fleet)
         if grader is None:
             raise ValueError("nothing to measure: the config has no evaluation section")
-        sources, deployed, failed = find_models(inputs, models)
+        sources, deployed, failed = find_models(inputs, models, trained=False)
         jobs = [
             EvaluationJob(
                 inputs,

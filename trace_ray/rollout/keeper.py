@@ -32,8 +32,9 @@ class Keeper:
     def __call__(self, lines: dict[str, Line], events: list[Event]) -> None:
         """Take what the board says; interrupt the main thread where the run has to stop."""
         with suppress(OSError, StateError):  # storage that is away for a moment stops nothing
-            wanted = self._why_stop()
-            if not self.stopped:
+            mine = self.lock.is_mine()
+            wanted = self._why_stop(is_mine=mine)
+            if mine and not self.stopped:
                 with self.writing:
                     self.journal.take(lines, events)
             if wanted and not self.stopped:
@@ -45,11 +46,11 @@ class Keeper:
         with self.writing:
             self.journal.settle(name, status, error, mlflow_run)
 
-    def _why_stop(self) -> str:
+    def _why_stop(self, *, is_mine: bool) -> str:
         mine = self.lock.mine
         if mine is None:
             return ""
-        if not self.lock.is_mine():
+        if not is_mine:
             return f"the fleet was taken over by {self.lock.holder() or 'somebody'}"
         return self.state.asked_to_stop(mine.token) or ""
 

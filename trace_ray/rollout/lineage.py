@@ -69,13 +69,22 @@ def set_digests(triaged: TriagedRows | None, pairs: Path) -> dict[str, str]:
     return {"verdict_set": verdicts.hexdigest(), "triaged_set": categories.hexdigest()}
 
 
+def made_from(job: ModelJob, trained: StageResult, scores: StageResult | None) -> dict[str, str]:
+    """Return the digests of the triage, the gold batch and the code that an adapter was made from."""
+    sets = job.inputs.store.run_dir(job.inputs.run_id) / SETS
+    gold = json.loads((scores.path / "gold_batch.json").read_text()) if scores else None
+    return {
+        **(json.loads(sets.read_text()) if sets.exists() else {}),
+        "gold_batch": content_digest(gold) if gold is not None else "",
+        "code_version": trained.code or __version__,
+    }
+
+
 def write_lineage(
     job: ModelJob, result: dict[str, Any], trained: StageResult, scores: StageResult | None
 ) -> None:
     """Write the record of an adapter that was just registered."""
     inputs = job.inputs
-    sets = inputs.store.run_dir(inputs.run_id) / SETS
-    gold = json.loads((scores.path / "gold_batch.json").read_text()) if scores else None
     record = {
         "adapter": result["adapter_id"],
         "adapter_sha256": result["adapter_sha256"],
@@ -84,15 +93,13 @@ def write_lineage(
         "policy": f"{inputs.policy.id} {inputs.policy.version}",
         "policy_digest": inputs.policy.digest,
         "data_digest": inputs.data_digest,
-        **(json.loads(sets.read_text()) if sets.exists() else {}),
-        "gold_batch": content_digest(gold) if gold is not None else "",
+        **made_from(job, trained, scores),
         "scores_stage": scores.path.name if scores else "",
         "adapter_stage": trained.path.name,
         "base": job.model.base,
         "base_digest": job.source.digest,
         "parent_adapter": job.deployed.adapter_id if job.deployed else "",
         "parent_sha256": job.deployed.sha256 if job.deployed else "",
-        "code_version": __version__,
     }
     folder = Path(inputs.store.root, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)

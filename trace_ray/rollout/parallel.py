@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from trace_ray.config import ModelConfig, Resources
+from trace_ray.config import ModelConfig
 from trace_ray.errors import ModelError, TraceRayError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout.keeper import Keeper
 from trace_ray.rollout.model_job import Deployed, ModelJob
 from trace_ray.rollout.plan import Inputs
 from trace_ray.rollout.realign import realign
-from trace_ray.runtime.cluster import on_this_node, result, roomiest_node
+from trace_ray.rollout.room import no_room
+from trace_ray.runtime.cluster import on_this_node, result
 from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.store import write_json
 
@@ -34,9 +35,14 @@ J = TypeVar("J", bound=HasSource)
 
 
 def find_models(
-    inputs: Inputs, models: list[ModelConfig]
+    inputs: Inputs, models: list[ModelConfig], *, trained: bool = True
 ) -> tuple[dict[str, ModelSource], dict[str, Deployed | None], dict[str, str]]:
     """Find every model's base (a GGUF is converted, a bucket downloaded) and deployed adapter.
+
+    Args:
+        inputs: of the run.
+        models: the fleet's, or some of them.
+        trained: whether there has to be room for all of a model's training workers.
 
     Returns:
         The bases, the deployed adapters, and why a model can't be used, each by model.
@@ -63,7 +69,7 @@ def find_models(
         except TraceRayError as error:
             failed[model.name] = f"{where}.adapter: {error}"
             continue
-        if why := _too_large(model.resources):
+        if why := no_room(model.resources, model.training.workers if trained else 1):
             failed[model.name] = f"{where}.resources: {why}"
             continue
         sources[model.name] = source
@@ -91,17 +97,6 @@ def deployed_adapter(
     names = ("policy_id", "policy_version", "policy_digest")
     policy = " ".join(found.tags.get(name, "") for name in names).strip()
     return Deployed(str(folder), found.adapter_id, found.sha256, policy)
-
-
-def _too_large(resources: Resources) -> str:
-    """Say why no node can ever hold these resources; empty where one can, or one may still come."""
-    limits = roomiest_node()
-    over = [
-        f"{wanted:g} {name} asked for, the largest node has {limits.get(name, 0):g}"
-        for name, wanted in resources.bundle.items()
-        if limits and wanted > limits.get(name, 0)
-    ]
-    return "; ".join(over)
 
 
 def run_models(

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
+from trace_ray.config import JudgeConfig
+from trace_ray.config.oracle import FileOracle, VLLMOracle
 from trace_ray.data.sources import read_labels
 from trace_ray.errors import ConfigError
-from trace_ray.models.references import ModelSource
+from trace_ray.models.references import ModelSource, remembered_digest, resolve_model
 from trace_ray.rollout.model_job import Deployed
 from trace_ray.rollout.plan import NOT_ASKED, Inputs
 from trace_ray.runtime.store import write_json
@@ -27,13 +29,10 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
 
     config = inputs.config
     settings = config.model_dump(mode="json", exclude=NOT_ASKED)
-    second = config.evaluation.judge if config.evaluation else None
-    labels = read_labels(Path(second.labels)) if second and second.labels else []
-    return {
+    found = {
         "config": content_digest(settings),
         "policy": inputs.policy.digest,
         "data": inputs.data_digest,
-        "judge.labels": content_digest([row.to_row() for row in inputs.labels]),
         "evaluation.prompts": content_digest([item.to_row() for item in inputs.prompts]),
         "evaluation.retention_prompts": content_digest(
             [[turn.to_row() for turn in prompt] for prompt in inputs.retention]
@@ -44,7 +43,6 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
         "evaluation.must_refuse": content_digest(
             [[turn.to_row() for turn in prompt] for prompt in inputs.must_refuse]
         ),
-        "evaluation.judge.labels": content_digest([row.to_row() for row in labels]),
         "evaluation.attacks": content_digest([each.to_row() for each in inputs.attacks]),
         "data.gold": content_digest({k: str(v) for k, v in inputs.gold.items()}),
         "people's verdicts": content_digest(
@@ -52,6 +50,15 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
         ),
         "trace_ray": __version__,
     }
+    for where, judge in config.judges.items():
+        if judge.labels:
+            rows = [row.to_row() for row in read_labels(Path(judge.labels))]
+            found[f"{where}.labels"] = content_digest(rows)
+    if isinstance(config.oracle, FileOracle):
+        found["oracle.path"] = remembered_digest([Path(config.oracle.path)], inputs.store.models)
+    if inputs.tasks:
+        found["evaluation.tasks"] = inputs.tasks.digest(inputs.store.models)
+    return found
 
 
 def digests(
@@ -59,12 +66,36 @@ def digests(
     sources: Mapping[str, ModelSource],
     deployed: Mapping[str, Deployed | None],
 ) -> dict[str, str]:
-    """Return the digests of all inputs, models and their deployed adapters included."""
-    found = input_digests(inputs)
+    """Return the digests of all inputs: models, judges and oracle with their adapters included.
+
+    Raises:
+        ModelError: a judge's or oracle's model or adapter can't be used.
+        RegistryError: the registry doesn't have a judge's adapter.
+    """
+    found = input_digests(inputs) | _asked_models(inputs)
     for name, source in sources.items():
         adapter = deployed.get(name)
         found[f"models.{name}.base"] = source.digest
         found[f"models.{name}.adapter"] = adapter.sha256 if adapter else ""
+    return found
+
+
+def _asked_models(inputs: Inputs) -> dict[str, str]:
+    """Return the digests of the models that judge and correct, and of their adapters."""
+    config, store = inputs.config, inputs.store
+    judges = config.judges.items()
+    asked: dict[str, JudgeConfig | VLLMOracle] = {
+        where: judge for where, judge in judges if judge.kind == "vllm"
+    }
+    if isinstance(config.oracle, VLLMOracle):
+        asked["oracle"] = config.oracle
+    found: dict[str, str] = {}
+    for where, each in asked.items():
+        source = resolve_model(str(each.model), each.revision, store.models)
+        found[f"{where}.model"] = source.digest
+        if each.adapter and each.adapter != "auto":
+            adapter = inputs.registry().resolve(each.adapter, store.adapters)
+            found[f"{where}.adapter"] = adapter.sha256
     return found
 
 

@@ -37,6 +37,8 @@ def plan_view(plan: FleetPlan) -> Group:
     for model in plan.models:
         counts[model.action] += 1
     parts.append(Text("plan: " + ", ".join(f"{n} {action}" for action, n in counts.items())))
+    if plan.changes:
+        parts.append(Text(f"devices, the triage included: {plan.spent}"))
     return Group(*parts)
 
 
@@ -49,9 +51,10 @@ def triage_text(found: TriagePlan) -> str:
     if found.done:
         return f"triage: done, {found.pairs} pairs: {shares} (judge {found.judge})"
     tokens = "" if found.tokens is None else f", {found.tokens} tokens"
+    time = f"{found.seconds:.0f} s, {found.spent}"
     return (
         f"triage: {found.judged} of {found.pairs} pairs judged by {found.judge}: {shares}\n"
-        f"  still to judge: {found.judge_calls} calls{tokens}, {found.seconds:.0f} s ({found.basis})"
+        f"  still to judge: {found.judge_calls} calls{tokens}, {time} ({found.basis})"
     )
 
 
@@ -87,7 +90,7 @@ def _table(models: list[ModelPlan]) -> RenderableType:
     from rich.table import Table
 
     table = Table()
-    for column in ("model", "action", "policy now", "reused", "to do", "seconds"):
+    for column in ("model", "action", "policy now", "reused", "to do", "seconds", "devices"):
         table.add_column(column)
     for model in models:
         reused = ", ".join(cost.stage for cost in model.stages if cost.reused)
@@ -95,9 +98,10 @@ def _table(models: list[ModelPlan]) -> RenderableType:
         seconds = sum(cost.seconds or 0 for cost in model.stages)
         color = {"no change": "green", BLOCKED: "red"}.get(model.action, "yellow")
         action = f"[{color}]{model.action}[/{color}]"
-        table.add_row(model.name, action, model.policy_now, reused, todo, f"{seconds:.1f}")
+        cells = [reused, todo, f"{seconds:.1f}", str(model.spent)]
+        table.add_row(model.name, action, model.policy_now, *cells)
     return table
 
 
 def _seconds(cost: Cost) -> str:
-    return "unknown" if cost.seconds is None else f"{cost.seconds:.1f} s"
+    return "unknown" if cost.seconds is None else f"{cost.seconds:.1f} s, {cost.spent}"

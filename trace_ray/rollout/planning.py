@@ -17,7 +17,7 @@ from trace_ray.core.policy_diff import policy_diff
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.rollout import estimate
 from trace_ray.rollout.complying import complying
-from trace_ray.rollout.estimate import GIB, Cost, Memory
+from trace_ray.rollout.estimate import GIB, Cost, Memory, Spent
 from trace_ray.rollout.grading import questions
 from trace_ray.rollout.judging import evaluation_judge
 from trace_ray.rollout.lineage import kept_policy
@@ -26,8 +26,9 @@ from trace_ray.rollout.once import read_pairs
 from trace_ray.rollout.parallel import find_models, is_live, kept_results
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.rollout.plan_file import digests
+from trace_ray.rollout.room import require_room
 from trace_ray.rollout.triage_plan import MEASURED, TriagePlan, triage_plan
-from trace_ray.runtime.cluster import connected
+from trace_ray.runtime.cluster import alive_nodes, connected, may_grow
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.store import StageResult
 from trace_ray.runtime.train import ADAPTER
@@ -50,9 +51,14 @@ class ModelPlan:
     memory_bytes: int = 0
     memory: str = ""
 
+    @property
+    def spent(self) -> Spent:
+        """Device time of its stages."""
+        return sum((cost.spent for cost in self.stages), Spent())
+
     def to_row(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self)
+        return asdict(self) | {"spent": asdict(self.spent)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,12 @@ class FleetPlan:
         """Whether a model can't run."""
         return any(model.action == BLOCKED for model in self.models)
 
+    @property
+    def spent(self) -> Spent:
+        """Device time of the triage and of all models that would be realigned."""
+        triage = self.triage.spent if self.triage else Spent()
+        return sum((model.spent for model in self.models if model.action == CHANGES), triage)
+
     def to_row(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
@@ -84,6 +96,7 @@ class FleetPlan:
             "digests": self.digests,
             "triage": self.triage and self.triage.to_row(),
             "models": [model.to_row() for model in self.models],
+            "spent": asdict(self.spent),
         }
 
 
@@ -105,11 +118,12 @@ def make_plan(config_path: str, sample: int) -> FleetPlan:
         fleet = Reporter(board, FLEET)
         with View(board):
             fleet("looking at the models")
+            require_room(inputs.config)
             sources, deployed, failed = find_models(inputs, inputs.config.models)
             pairs, _ = read_pairs(inputs, fleet)
             rows, planned, folder = triage_plan(inputs, pairs, sample, fleet)
             grader = evaluation_judge(inputs, fleet)
-            node = max((n["Resources"].get("memory", 0) for n in ray.nodes()), default=0)
+            node = max((each.get("memory", 0) for each in alive_nodes()), default=0)
             jobs = [
                 ModelJob(
                     inputs,
@@ -170,7 +184,7 @@ def _model_plan(
     memory = _memory(job, rows)
     found.memory_bytes, found.memory = memory.total, str(memory)
     if not job.model.resources.num_gpus and node and memory.total > node:
-        found.action = BLOCKED
+        found.action = CHANGES if may_grow() else BLOCKED
         found.why = (
             f"needs about {memory.total / GIB:.1f} GiB to train ({memory}), the largest node has "
             f"{node / GIB:.1f} GiB: set max_tokens, gradient_checkpointing or a smaller batch_size, "

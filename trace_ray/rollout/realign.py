@@ -17,7 +17,7 @@ from trace_ray.models.families import family_of
 from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.grading import ANSWERS, questions, read_measures, write_measures
 from trace_ray.rollout.judging import ask_measuring
-from trace_ray.rollout.lineage import write_lineage
+from trace_ray.rollout.lineage import made_from, write_lineage
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.measure import Measured, MeasureJob, measure
@@ -81,7 +81,7 @@ def realign(job: ModelJob) -> dict[str, Any]:
         "impact": _summary(scores),
     }
     job.reporter("register")
-    made = stage("register", lambda: _register(job, result, history, scores))
+    made = stage("register", lambda: _register(job, result, history, trained, scores))
     result["registered_as"] = made.registered_as
     result["mlflow_run"] = job.inputs.registry().run_link(made.run_id)
     write_lineage(job, result, trained, scores)
@@ -249,7 +249,11 @@ def _measure_worker(todo: MeasureJob, reporter: Reporter) -> Measured:
 
 
 def _register(
-    job: ModelJob, result: dict[str, Any], history: dict[str, Any], scores: StageResult | None
+    job: ModelJob,
+    result: dict[str, Any],
+    history: dict[str, Any],
+    trained: StageResult,
+    scores: StageResult | None,
 ) -> RegisteredVersion:
     """Register the adapter in MLflow."""
     inputs, training = job.inputs, job.model.training
@@ -292,6 +296,7 @@ def _register(
         metrics=_final_metrics(result),
         history=_metric_history(history["log"]),
         artifacts=artifacts,
+        made_from=made_from(job, trained, scores),
     )
     return inputs.registry().register(record)
 

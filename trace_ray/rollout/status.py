@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from trace_ray.runtime.fleet_journal import FleetState, Record, RowState
+from trace_ray.runtime.fleet_lock import SILENCE_S, Silence
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -13,10 +14,21 @@ if TYPE_CHECKING:
 _COLORS = {"failed": "red", "done": "green", "kept": "green", "retrying": "yellow"}
 
 
-def is_running(state: FleetState) -> bool:
-    """Whether an apply holds the fleet and, as far as can be seen from here, lives."""
+def why_ended(state: FleetState, silence: Silence) -> str | None:
+    """Say why nobody works on the fleet (anymore); None while somebody does.
+
+    Args:
+        state: of the fleet.
+        silence: kept from look to look.
+    """
     holder = state.lock.holder()
-    return holder is not None and not holder.is_gone
+    if holder is None:
+        return ""
+    if holder.is_gone:
+        return f"{holder} is gone"
+    if silence.is_over_limit(holder):
+        return f"{holder} has shown no sign of life for {SILENCE_S:.0f} s"
+    return None
 
 
 def status_view(state: FleetState, config: str) -> Group:

@@ -16,13 +16,14 @@ from typing import Any
 
 from trace_ray.core import triage
 from trace_ray.core.metrics import share_interval
+from trace_ray.rollout.estimate import Spent
 from trace_ray.rollout.judging import verdict_store
 from trace_ray.rollout.once import TRIAGE, earned_judge, triage_key
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.judges import Exchange, JudgeSpec, judge_question
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult
-from trace_ray.runtime.triage import triage_pairs
+from trace_ray.runtime.triage import most_held, triage_pairs
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 from trace_ray.types import Category, Interval, Label, PreferencePair, TriagedPair, Verdict
 
@@ -48,6 +49,8 @@ class TriagePlan:
     """Of those calls; None for a judge that reads none."""
     seconds: float
     basis: str
+    spent: Spent
+    """Of those calls, with as many judge actors as there may be."""
 
     @property
     def conflicts(self) -> int:
@@ -94,7 +97,7 @@ def triage_plan(
     if done is not None:
         all_rows = TriagedRows(done.path / "rows")
         shares = _shares(all_rows.counts(), exact=True)
-        found = TriagePlan(n, n, True, card.name, shares, 0, None, 0.0, "done")
+        found = TriagePlan(n, n, True, card.name, shares, 0, None, 0.0, "done", Spent())
         return list(itertools.islice(all_rows, MEASURED)), found, folder
     fleet("judging a sample", note=f"{len(take)} of {n} pairs")
     rows, counts, seconds = _judged(inputs, table.take(take), spec)
@@ -102,6 +105,7 @@ def triage_plan(
     calls = round(counts.judge_calls / len(take) * (n - len(take))) if len(take) < n else 0
     rate, basis = _judge_rate(inputs, spec, counts, seconds)
     tokens = _question_tokens(spec, rows, counts)
+    left_s = rate * calls
     found = TriagePlan(
         n,
         len(take),
@@ -110,8 +114,9 @@ def triage_plan(
         _shares(triage.counts(row.category for row in rows), exact=len(take) == n),
         calls,
         None if tokens is None else round(tokens * calls),
-        rate * (calls or 0),
+        left_s,
         f"{asked} questions about the sample, {counts.cache_hits} of them answered before; {basis}",
+        Spent.of(*most_held(spec), left_s),
     )
     return rows, found, folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -36,13 +37,16 @@ def connected() -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # A submitted job may set the same variables in its own runtime env: this process has them from
+    # there, so what follows passes the job's values on.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     # PYTHONPATH lets workers import what the driver can (a checkout run in place).
     package_root = str(Path(__file__).resolve().parents[2])
     env = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
     env["PYTHONPATH"] = os.pathsep.join(
         filter(None, [package_root, os.environ.get("PYTHONPATH", "")])
     )
-    env["TOKENIZERS_PARALLELISM"] = "false"
+    env["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     # Several models share a machine's cores: threads that spin while they wait would starve the others.
     env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     settings = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": env}}
@@ -75,28 +79,37 @@ def _end_ray_data() -> None:
 
 
 def _joins() -> bool:
-    """Whether a cluster is there to join, one that may grow."""
+    """Whether a cluster is there to join."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
-def roomiest_node() -> dict[str, float]:
-    """Return the most of each resource that one node has; empty where the cluster may grow."""
+def alive_nodes() -> list[dict[str, float]]:
+    """Return the resources of every node that is up."""
     import ray
 
-    if _joins():
-        return {}
-    most: dict[str, float] = {}
-    for node in ray.nodes():
-        for name, amount in node["Resources"].items():
-            most[name] = max(amount, most.get(name, 0))
-    return most
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def may_grow() -> bool:
+    """Whether an autoscaler adds nodes to this cluster.
+
+    Ray's launcher and KubeRay write a node's group into its labels. An autoscaler that was started by
+    hand reports its own node types, where the monitor of a cluster without one makes up ``node_<id>``.
+    """
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if any("ray.io/node-group" in node["Labels"] for node in ray.nodes() if node["Alive"]):
+        return True
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
+    types = report.get("autoscaler_report", {}).get("active_nodes", {})
+    return any(not re.fullmatch("node_[0-9a-f]+", name) for name in types)
 
 
 def node_cpus() -> list[float]:
     """Return the CPUs of every node that has any."""
-    import ray
-
-    found = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    found = [node.get("CPU", 0.0) for node in alive_nodes()]
     return [cpus for cpus in found if cpus]
 
 

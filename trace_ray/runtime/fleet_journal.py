@@ -230,14 +230,14 @@ class Journal:
     def _event(self, event: Event) -> bool:
         row = self.record.rows[event.who]
         stage = row.stages.setdefault(event.stage, StageState("", 0, now()))
-        stage.status, stage.attempts = event.what, event.attempt
+        stage.status, stage.attempts = event.what, event.attempt or stage.attempts
         stage.wall_s = event.wall_s if event.wall_s is not None else stage.wall_s
         stage.ended_at = "" if event.what == "running" else now()
         stage.error = event.error or stage.error
         row.error = event.error or row.error
-        row.attempts, row.updated_at = event.attempt, now()
+        row.attempts, row.updated_at = stage.attempts, now()
         row.begun()
-        self.log(event.who, f"{event.stage}: {event.what}, attempt {event.attempt} {event.error}")
+        self.log(event.who, f"{event.stage}: {event.what}, attempt {stage.attempts} {event.error}")
         if event.trace:
             self.log(event.who, event.trace)
         return True

@@ -79,6 +79,22 @@ def _born(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
+class Silence:
+    """Whether the holder of a fleet is dead, for somebody who looks again and again."""
+
+    def __init__(self, files: StateFiles):
+        self.files = files
+        self.seen: object = None
+        self.since = time.monotonic()
+
+    def is_over_limit(self, holder: Holder) -> bool:
+        """Whether a holder on another host has not touched the lock for ``SILENCE_S`` of our looks."""
+        touched = self.files.touched(LOCK)
+        if touched != self.seen or holder.host == socket.gethostname():
+            self.seen, self.since = touched, time.monotonic()
+        return time.monotonic() - self.since > SILENCE_S
+
+
 class FleetLock:
     """The lock among the files of a fleet's state."""
 

@@ -38,6 +38,7 @@ class Event:
     what: str
     """``running``, ``retrying``, ``done``, ``reused`` or ``failed``."""
     attempt: int = 1
+    """0: the one under way."""
     wall_s: float | None = None
     error: str = ""
     trace: str = ""

@@ -40,6 +40,8 @@ class AdapterRecord:
     """Training log: rows of ``{step, timestamp_ms, <metric>: value}``."""
     artifacts: Sequence[Path] = ()
     """Files or folders kept with the run."""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """More digests of what it was made from, by name."""
     card: str = ""
     """JSON of what is known of a judge; empty for other adapters."""
 
@@ -50,7 +52,7 @@ class AdapterRecord:
             "adapter_id adapter_sha256 parent_adapter objective"
         )
         found = {name: str(getattr(self, name)) for name in names.split()}
-        return found | ({"card": self.card} if self.card else {})
+        return found | dict(self.made_from) | ({"card": self.card} if self.card else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from trace_ray.errors import StateError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.runtime.bucket import Bucket
 from trace_ray.types import content_digest
+from trace_ray.version import code_version
 
 RECORD = "stage.json"
 _BATCH = 4096
@@ -40,7 +41,9 @@ class StageResult:
     reused: bool
     """True where an earlier run had done the work."""
     wall_s: float
-    """Seconds the work took when it was done, seconds."""
+    """Seconds the work took when it was done."""
+    code: str
+    """``code_version`` of what did the work; empty where it wasn't recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Store:
         with contextlib.suppress(OSError):  # a storage that can only be read
             os.utime(final)
         record = json.loads((final / RECORD).read_text())
-        return StageResult(final, True, record["wall_s"])
+        return StageResult(final, True, record["wall_s"], record.get("code", ""))
 
     def finished(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yield every finished stage ``name``, the newest first: its folder and its record."""
@@ -123,7 +126,7 @@ class Store:
             raise
         wall_s = time.monotonic() - started if seconds is None else seconds
         record = {"stage": name, "key": key, "inputs": dict(inputs), "wall_s": round(wall_s, 2)}
-        write_json(draft / RECORD, record)
+        write_json(draft / RECORD, record | {"code": code_version()})
         try:
             draft.rename(final)
         except OSError:
@@ -134,7 +137,7 @@ class Store:
         if self.bucket is not None:  # should it fail: the work is here, the next call sends it
             self.bucket.push(final, last=RECORD)
             self.bucket.remove(draft)  # what workers put there
-        return StageResult(final, False, wall_s)
+        return StageResult(final, False, wall_s, code_version())
 
     def _is_done(self, final: Path) -> bool:
         """Whether a stage is complete; of a bucket, in the bucket and here."""

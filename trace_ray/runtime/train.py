@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trace_ray.config import Resources, TrainingConfig
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import TrainError
+from trace_ray.models.adapters import WEIGHTS
 from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import Store, stream_rows, write_json
@@ -169,12 +172,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     )
     if is_first:
         trainer.add_callback(StepCallback(lambda done, total: reporter("train", done, total)))
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        trainer.train()
-    else:
-        with checkpoint.as_directory() as folder:
-            trainer.train(resume_from_checkpoint=str(Path(folder, "checkpoint")))
+    _train_to_the_end(trainer, work, reporter if is_first else None)
     # A sharded model answers on all workers together.
     answering = is_first or job.config.shard_base
     probes = take_fingerprint(model, tokenizer, trainer.autocast) if answering else []
@@ -182,6 +180,57 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
         _save_outcome(job, trainer, probes)
     if job.needs.store is not None:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _train_to_the_end(trainer: RealignTrainer, work: Path, reporter: Reporter | None) -> None:
+    """Train, from the last checkpoint where there is one that can be read.
+
+    Args:
+        trainer: of this worker.
+        work: where transformers writes its checkpoints.
+        reporter: told of a checkpoint that can't be read.
+    """
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        trainer.train()
+        return
+    with checkpoint.as_directory() as folder:
+        last = Path(folder, "checkpoint")
+        damage = unreadable(last)
+        if not damage:
+            trainer.train(resume_from_checkpoint=str(last))
+            return
+    if reporter is not None:
+        text = f"checkpoint {checkpoint.path}: {damage}; it is left aside, training begins anew"
+        reporter.tell("train", "retrying", 0, error=text)
+    # Of the checkpoints there, the one of the highest step would count as the newest.
+    shutil.rmtree(work, ignore_errors=True)
+    trainer.train()
+
+
+def unreadable(checkpoint: Path) -> str:
+    """Say what is wrong with a checkpoint of transformers; empty where every file can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in (WEIGHTS, "trainer_state.json"):
+        if not (checkpoint / name).is_file():
+            return f"has no {name}"
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="numpy"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as file:
+                    if broken := file.testzip():
+                        return f"{path.name} can't be read ({broken} is damaged)"
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
+            return f"{path.name} can't be read ({error})"
+    return ""
 
 
 def _save_outcome(job: TrainJob, trainer: RealignTrainer, probes: list[Probe]) -> None:

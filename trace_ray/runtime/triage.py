@@ -22,7 +22,7 @@ from trace_ray.config import Resources
 from trace_ray.core import triage
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import JudgeError
-from trace_ray.runtime.cluster import node_cpus, own_errors, result
+from trace_ray.runtime.cluster import may_grow, node_cpus, own_errors, result
 from trace_ray.runtime.judges import Exchange, JudgeSpec, usage_of
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
@@ -204,7 +204,7 @@ def _actors(spec: JudgeSpec) -> dict[str, Any]:
     import ray.data
 
     fewest, most = _actor_range(spec)
-    resources = Resources(num_cpus=0.5) if _is_spread(spec) else spec.config.actor_resources
+    resources = _actor_resources(spec)
     _check_room(resources, fewest)
     # In the environment: Ray Data calls the judge from a thread that a setting made later can't reach.
     environment = {"OMP_NUM_THREADS": str(resources.n_threads)}
@@ -214,6 +214,15 @@ def _actors(spec: JudgeSpec) -> dict[str, Any]:
         "compute": ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
     }
     return options
+
+
+def most_held(spec: JudgeSpec) -> tuple[Resources, int]:
+    """Return what an actor of a judge holds, and how many there are at most; Ray has to be up."""
+    return _actor_resources(spec), _actor_range(spec)[1]
+
+
+def _actor_resources(spec: JudgeSpec) -> Resources:
+    return Resources(num_cpus=0.5) if _is_spread(spec) else spec.config.actor_resources
 
 
 def _is_spread(spec: JudgeSpec) -> bool:
@@ -249,7 +258,7 @@ def _check_room(resources: Resources, actors: int) -> None:
     """
     held, nodes = resources.num_cpus * actors, node_cpus()
     free = 1 if resources.num_cpus % 1 == 0 else max(1, len(nodes))
-    if held + free > sum(nodes):
+    if held + free > sum(nodes) and not may_grow():
         raise JudgeError(
             f"the judge's actors hold {held:g} of the cluster's {sum(nodes):g} CPUs, and reading needs "
             f"{free} more: lower judge.actors or judge.resources.num_cpus (threads can stay higher)"
