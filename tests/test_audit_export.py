@@ -187,7 +187,7 @@ def test_a_decision_that_its_live_evidence_does_not_lead_to_is_found(fleet, tmp_
     export(str(fleet / "copy.yaml"), tmp_path / "out.zip")
     done = verify(tmp_path / "out.zip")
     assert done.exit_code == 2
-    assert "record 5 (promote): its tests don't let the candidate through" in done.output
+    assert "record 4 (promote): its tests don't let the candidate through" in done.output
 
 
 @settings(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import needs_chromium, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,9 +182,6 @@ def test_a_rollout_of_an_earlier_version_has_no_interval_and_a_damaged_one_is_to
         assert found["problems"] == ["the rollout's state can't be read"]
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-
-
 @pytest.fixture
 def hostile() -> Iterator[str]:
     """A server that sends the page, and data in which every name tries to break out."""
@@ -244,50 +239,9 @@ class Tags(HTMLParser):
         self.text += data
 
 
-async def rendered(url: str, port_file: Path) -> tuple[str, list[str]]:
-    """Return the page's document once it shows data, and what the browser complained of."""
-    import aiohttp
-
-    while not port_file.exists() or port_file.read_text().count("\n") < 1:
-        await asyncio.sleep(0.1)
-    at = f"http://127.0.0.1:{port_file.read_text().split()[0]}"
-    complaints: list[str] = []
-    async with aiohttp.ClientSession() as session:
-        async with session.put(f"{at}/json/new?about:blank") as answer:
-            target = (await answer.json())["webSocketDebuggerUrl"]
-        async with session.ws_connect(target, max_msg_size=0) as page_socket:
-            numbers = itertools.count(1)
-
-            async def call(method: str, **given: Any) -> dict[str, Any]:
-                mine = next(numbers)
-                await page_socket.send_json({"id": mine, "method": method, "params": given})
-                while (said := await page_socket.receive_json()).get("id") != mine:
-                    if said["method"] in ("Log.entryAdded", "Runtime.exceptionThrown"):
-                        complaints.append(str(said["params"]))
-                return said["result"]
-
-            for method in ("Log.enable", "Runtime.enable"):
-                await call(method)
-            await call("Page.navigate", url=url)
-            text = ""
-            while "as of" not in text:
-                await asyncio.sleep(0.1)
-                code = "document.documentElement.outerHTML"
-                found = await call("Runtime.evaluate", expression=code)
-                text = found["result"].get("value", "").partition("<script>")[0]
-    return found["result"]["value"], complaints
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_no_name_becomes_markup_in_chromium(hostile: str, tmp_path: Path) -> None:
-    words = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu"]
-    words += ["--remote-debugging-port=0", f"--user-data-dir={tmp_path}", "about:blank"]
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as browser:
-        try:
-            seen = rendered(hostile, tmp_path / "DevToolsActivePort")
-            text, complaints = asyncio.run(asyncio.wait_for(seen, 60))
-        finally:
-            browser.terminate()
+@needs_chromium
+def test_no_name_becomes_markup_in_chromium(hostile: str) -> None:
+    text, complaints = opened(hostile, "as of", "live-page-hostile")
     assert complaints == []
     found = Tags(text)
     assert found.text.count(EVIL) > 20
