@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCK := requirements-cpu.lock
 STAMP := .venv/.ready-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
-# Used only where pip's own index has no +cpu build of torch.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# PyTorch's index of CPU wheels, for a pip whose own index has no +cpu build of torch.
+TORCH_INDEX ?=
 
 .PHONY: setup quickstart quickstart-hh test check bench lock clean
 
@@ -13,8 +13,8 @@ setup: $(STAMP)
 
 $(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-deps -r $(LOCK) || \
-		$(BIN)/pip install -q --no-deps -r $(LOCK) --extra-index-url $(TORCH_INDEX)
+	$(BIN)/pip install -q --no-deps -r $(LOCK) $(addprefix --extra-index-url ,$(TORCH_INDEX)) || \
+		{ echo "no +cpu build of torch there? name PyTorch's index of CPU wheels: make $(or $(MAKECMDGOALS),setup) TORCH_INDEX=URL"; exit 1; }
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	rm -f .venv/.ready-* && touch $@
 

@@ -113,6 +113,10 @@ def test_evaluation_prompts_that_are_trained_on_are_refused_with_counts(up, tmp_
     fleet["evaluation"] = {"prompts": "heldout.jsonl"}
     done = apply(tmp_path, fleet)
     assert_refused(done, "heldout.jsonl: 1 of 3 prompts are training prompts too, 1 more", "row 2")
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(prompts[2]))
+    (tmp_path / "must.jsonl").write_text(json.dumps({"prompt": asked[0]}))
+    fleet["evaluation"] |= {"must_comply": "must.jsonl"}
+    assert_refused(apply(tmp_path, fleet), "must.jsonl: 1 of 1 prompts are training prompts too")
 
 
 def test_policy_check_shows_every_error(tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -198,6 +199,40 @@ def untag(fleet):
         for each in registry.versions(f"trace-{name}"):
             if each.version == 2 and "was_champion" in each.tags:
                 registry._client.delete_model_version_tag(each.name, "2", "was_champion")
+
+
+def test_a_candidate_that_was_measured_against_another_champion_is_refused(gated):
+    registry = Registry(default_uri(gated / "storage"))
+    stranger = write_adapter(gated / "one3", 3)
+    registry.register(record(stranger, "one", "3", "", "one@0-00000000"))
+    registry.set_alias("trace-one", "challenger", 3)
+    try:
+        done = rollout(gated, "promote", "--model", "one")
+        assert done.exit_code == 2
+        assert "was measured against one@0-00000000, but the champion is one@1-" in done.output
+    finally:
+        shutil.rmtree(stranger)
+        registry.set_alias("trace-one", "challenger", 2)
+
+
+@pytest.mark.parametrize(
+    ("serve", "told"),
+    [
+        ({}, "serve.compliance: no reply is judged"),
+        ({"compliance": {"mode": "off"}}, "serve.compliance: no reply is judged"),
+        ({"compliance": {"mode": "annotate"}, "records": None}, "serve.records: nothing"),
+        ({"compliance": {"mode": "block"}, "aliases": {"refresh_s": None}}, "refresh_s"),
+    ],
+)
+def test_a_rollout_that_would_wait_for_ever_is_refused(gated, tmp_path, serve, told):
+    config = yaml.safe_load((gated / "fleet.yaml").read_text()) | {"serve": serve}
+    for name in ("policy.yaml", "pairs.jsonl"):
+        (tmp_path / name).write_bytes((gated / name).read_bytes())
+    config["rollout"] = {}
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config))
+    (gated / "storage" / "rollout" / "waves.json").unlink(missing_ok=True)
+    done = rollout(tmp_path, "start")
+    assert (done.exit_code, told in done.output) == (2, True), done.output
 
 
 def test_forced_with_its_reason(gated):
