@@ -1,10 +1,14 @@
 """A fleet whose nodes share no disk: storage and models in a bucket, the registry on a server."""
 
+import contextlib
+import getpass
 import json
 import os
+import pwd
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,12 +31,44 @@ def s3(s3_environment):
     return client
 
 
+@contextlib.contextmanager
+def postgres(at):
+    """Yield the address of an empty Postgres database; a sqlite file's where Postgres isn't installed."""
+    user = "postgres" if os.getuid() == 0 else getpass.getuser()
+    if shutil.which("initdb") is None or (os.getuid() == 0 and not _is_user(user)):
+        yield f"sqlite:///{at}/mlflow.db"
+        return
+    # Postgres refuses to run as root; its folder must be reachable for its own user.
+    as_user = ["runuser", "-u", user, "--"] if os.getuid() == 0 else []
+    with tempfile.TemporaryDirectory(prefix="trace-ray-pg-") as folder:
+        shutil.chown(folder, user)
+        data, port = Path(folder, "data"), free_port()
+        initdb = [*as_user, "initdb", "-D", str(data), "-A", "trust", "-U", "mlflow"]
+        subprocess.run(initdb, check=True, capture_output=True)
+        server = [*as_user, "postgres", "-D", str(data), "-p", str(port), "-k", folder]
+        with process([*server, "-c", "listen_addresses=127.0.0.1"], at / "postgres.log"):
+            wait_until(lambda: "ready to accept" in (at / "postgres.log").read_text())
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+
+
+def _is_user(name):
+    try:
+        return pwd.getpwnam(name) is not None
+    except KeyError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def registry(s3, tmp_path_factory):
     at = tmp_path_factory.mktemp("mlflow")
+    with postgres(at) as database:
+        yield from mlflow_server(at, database)
+
+
+def mlflow_server(at, database):
     port = free_port()
     argv = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{at}/mlflow.db"]
+    argv += ["--workers", "1", "--backend-store-uri", database]
     argv += ["--artifacts-destination", "s3://acme-nodes/mlflow"]
     with process(argv, at / "log"):
         wait_until(lambda: "startup complete" in (at / "log").read_text(), 120)
