@@ -24,6 +24,7 @@ import typer
 import yaml
 
 from benchmarks.proof.cells import PROMPTS, ROOT, STORAGE, Cell, all_cells
+from benchmarks.table import cpu_name
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
