@@ -8,9 +8,11 @@ import yaml
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
-from trace_ray.rollout.judging import verdict_store
+from trace_ray.rollout.judging import open_judge, verdict_store
 from trace_ray.rollout.plan import load_policy, read_inputs
 from trace_ray.rollout.review import write_review
+from trace_ray.runtime.judges import Exchange
+from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.verdict_store import HUMAN
 from trace_ray.types import Label, Message, PreferencePair, Verdict, response_id
 
@@ -103,7 +105,9 @@ def test_policy_diff_names_what_becomes_stale(fleet, tmp_path):
     assert "added" in lines["steps"]
     assert "removed" in lines["concrete-steps"]
     assert "2 of 6 clauses" in done.output
+    assert "adapter: auto is fitted again" in done.output
     same = run("policy", "diff", NEW, NEW)
+    assert "adapter: auto" not in same.output
     assert "whole replies are kept" in same.output
 
 
@@ -167,6 +171,45 @@ def test_review_goes_out_and_comes_back(fleet, tmp_path):
         assert words in refused.output
     assert write_review(file, policy, [triage(pair, said, said)]) == 0
     assert not file.exists()
+
+
+def test_an_answer_on_one_clause_outlives_a_change_of_another(fleet, tmp_path):
+    policy = load_policy(str(fleet.with_name("policy.yaml")))
+    pair = PreferencePair((Message("user", "q"),), "perhaps", "fine")
+    unsure = Verdict(Label.UNJUDGED, 0.5, "script", clause="no-foo", reason="abstains: ...")
+    from trace_ray.core.triage import triage
+
+    file = tmp_path / "review.jsonl"
+    assert write_review(file, policy, [triage(pair, unsure)]) == 1
+    row = json.loads(file.read_text())
+    assert row["clause_verdict"] is None
+    file.write_text(json.dumps(row | {"clause_verdict": "violates"}))
+    refused = run("review", "import", file, "--config", fleet)
+    assert (refused.exit_code, "set judge.granularity: clause" in refused.output) == (2, True)
+    by_clause = changed(fleet, granularity="clause")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(row | {"clause": "no-bar", "clause_verdict": "violates"}))
+    refused = run("review", "import", other, "--config", by_clause)
+    assert (refused.exit_code, "'no-bar' is no clause of p 2" in refused.output) == (2, True)
+    done = run("review", "import", file, "--config", by_clause)
+    assert (done.exit_code, "1 violate" in done.output) == (0, True), done.output
+
+    def found():
+        """The reply's verdict, and how many questions the judge was asked for it."""
+        inputs = read_inputs(str(by_clause))
+        spec = open_judge(inputs)
+        judge = StoredJudge(spec, spec.build(), verdict_store(inputs))
+        (verdict,) = judge.verdicts([Exchange(pair.prompt, "perhaps")])
+        return verdict.label, judge.calls
+
+    assert found() == (Label.VIOLATES, 0)
+    raw = yaml.safe_load(fleet.with_name("policy.yaml").read_text()) | {"version": "3"}
+    raw["clauses"].append({"id": "no-bar", "text": "Never say bar.", "tier": "reduced"})
+    fleet.with_name("policy.yaml").write_text(yaml.safe_dump(raw))
+    assert found() == (Label.VIOLATES, 1)
+    raw["clauses"][0]["text"] = "Never ever say foo."
+    fleet.with_name("policy.yaml").write_text(yaml.safe_dump(raw))
+    assert found() == (Label.UNJUDGED, 2)
 
 
 def test_verdicts_stats_export_gc(fleet, tmp_path):

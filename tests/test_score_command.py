@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
+from trace_ray.models.adapters import META, write_meta
+from trace_ray.models.references import model_digest
 from trace_ray.testing import tiny_adapter, tiny_model
 
 BETA, GAMMA = 0.3, 2.0
@@ -180,6 +182,25 @@ def test_damaged_weights_are_named_not_scored(base, files):
     assert done.exit_code == 2
     assert "NaN or infinite" in done.output
     assert not (files / "scores.jsonl").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(base, files):
+    adapter = tiny_adapter(files / "adapter", base, seed=1)
+    write_meta(adapter, model_digest(base, files / "cache"))
+    assert score(base, files, adapter=adapter).exit_code == 0
+    # The same shape: only the digest tells.
+    other = tiny_model(files / "other", seed=5)
+    refused = score(other, files, adapter=adapter)
+    assert refused.exit_code == 2
+    assert f"{adapter}: was trained on another base than --model {other}" in refused.output
+    # Nothing says what it was trained on, and its matrices have other sizes.
+    (adapter / META).unlink()
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: t.repeat(2, 2) for name, t in load_file(path).items()}, path)
+    refused = score(base, files, adapter=adapter)
+    assert refused.exit_code == 2
+    assert f"{adapter}: doesn't fit the base {base}" in refused.output
+    assert "size mismatch" in refused.output
 
 
 BAD_ROWS = [

@@ -267,6 +267,11 @@ def policy_diff_command(
             f"judge.granularity policy: verdicts on whole replies are {whole}; clause: verdicts on "
             f"{stale} of {len(after.clauses)} clauses have to be made"
         )
+        if diff.all_stale:
+            typer.echo(
+                "a judge with adapter: auto is fitted again to a changed policy, and none of its verdicts "
+                "is kept, on clauses neither"
+            )
 
 
 if __name__ == "__main__":

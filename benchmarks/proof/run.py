@@ -1,7 +1,7 @@
 """Proves the method on real models, cell by cell; a killed run goes on where it stopped.
 
-    python benchmarks/proof/run.py                 every cell without a result
-    python benchmarks/proof/run.py trace-s0 -n 2   two of the cells whose name holds "trace-s0"
+    python -m benchmarks.proof.run                 every cell without a result
+    python -m benchmarks.proof.run trace-s0 -n 2   two of the cells whose name holds "trace-s0"
 
 Each cell deploys a model under the old policy (once per seed), realigns it with one objective and
 appends what the job reported to ``results.jsonl``; ``table.py`` makes the table. BLiMP and the hh
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -23,7 +22,9 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 import typer
 import yaml
-from cells import PROMPTS, ROOT, STORAGE, Cell, all_cells
+
+from benchmarks.proof.cells import PROMPTS, ROOT, STORAGE, Cell, all_cells
+from benchmarks.table import cpu_name
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -63,7 +64,7 @@ def run(cell: Cell) -> None:
             raise SystemExit(f"{cell.name}: {step} failed:\n{done.stdout}\n{done.stderr}")
     report = json.loads((ROOT / STORAGE / "latest" / "report.json").read_text())
     row = {"key": cell.key, "cell": asdict(cell), **_summary(report)}
-    row |= {"seconds": round(time.monotonic() - started), "machine": platform.processor()}
+    row |= {"seconds": round(time.monotonic() - started), "machine": cpu_name()}
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
     before, after = row["tpa_before"]["value"], row["tpa_after"]["value"]

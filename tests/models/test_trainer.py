@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trace_ray.config import LoraConfig, TrainingConfig
 from trace_ray.errors import ModelError, TrainError
@@ -234,6 +235,18 @@ def test_a_loss_that_is_not_finite_names_its_pairs(base, tmp_path):
     trainer = make(base, None, tmp_path, rows=bad, batch_size=2, save_steps=1)
     with pytest.raises(TrainError, match=r"step \d+: the loss is not finite.*\b3\b"):
         trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_names_its_pairs_and_spares_the_checkpoint(base, tmp_path):
+    bad = rows()
+    bad[3]["weight"] = 3e38  # its loss is finite, its gradient isn't
+    trainer = make(base, None, tmp_path, rows=bad, batch_size=2, save_steps=1)
+    with pytest.raises(TrainError, match=r"step [23]: the gradient is not finite.*\b3\b"):
+        trainer.train()
+    (kept,) = (tmp_path / "work").glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{trainer.state.global_step - 1}"
+    weights = load_file(kept / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_uncertain_pairs_are_smoothed(base, tmp_path):

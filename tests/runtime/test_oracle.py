@@ -58,7 +58,7 @@ def test_replies_from_a_file(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts = [ROWS[0].pair.prompt, ROWS[2].pair.prompt]
     config = FileOracle(kind="file", path=str(path))
-    assert write_replies(config, POLICY, prompts, tmp_path) == [["a", "b"], []]
+    assert write_replies(config, POLICY, prompts, tmp_path) == ([["a", "b"], []], {})
     path.write_text('{"prompt": "q0"}\n')
     with pytest.raises(DataError, match=r"replies\.jsonl:1: response"):
         write_replies(config, POLICY, prompts, tmp_path)
@@ -75,21 +75,23 @@ def test_replies_from_an_engine(cluster, tmp_path):
         engine=EngineConfig(max_model_len=256),
     )
     long = (Message("user", "x" * 400),)
-    found = run_alone(
+    found, failed = run_alone(
         config.resources, write_replies, config, POLICY, [ROWS[0].pair.prompt, long], tmp_path
     )
     assert [len(texts) for texts in found] == [3, 0]
+    assert failed == {}
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Speaks just enough of the OpenAI form: fails once, then says what it was asked."""
+    """Speaks just enough of the OpenAI form: busy at first, and some prompts are too much for it."""
 
     calls: ClassVar[list[dict]] = []
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.calls.append(body)
-        broken = len(self.calls) == 1
+        status = 503 if len(self.calls) == 1 else 200
+        status = 400 if "too long" in body["messages"][-1]["content"] else status
         choices = [
             {
                 "index": i,
@@ -98,9 +100,9 @@ class Endpoint(BaseHTTPRequestHandler):
             }
             for i in range(body.get("n", 1))
         ]
-        answer = {"error": {"message": "busy"}} if broken else {"choices": choices}
+        answer = {"choices": choices} if status == 200 else {"error": {"message": "no"}}
         payload = json.dumps(answer).encode()
-        self.send_response(503 if broken else 200)
+        self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(payload)))
         self.end_headers()
@@ -110,28 +112,39 @@ class Endpoint(BaseHTTPRequestHandler):
         pass
 
 
-def test_replies_from_an_endpoint(monkeypatch, tmp_path):
+@pytest.fixture
+def endpoint():
     server = HTTPServer(("127.0.0.1", 0), Endpoint)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    try:
-        config = OpenAIOracle(
-            kind="openai",
-            model="writer",
-            base_url=f"http://127.0.0.1:{server.server_port}/v1",
-            api_key_env="TEST_ORACLE_KEY",
-            attempts=2,
-            concurrency=1,
-        )
-        prompts = [ROWS[0].pair.prompt, ROWS[2].pair.prompt]
-        with pytest.raises(ConfigError, match="TEST_ORACLE_KEY"):
-            write_replies(config, POLICY, prompts, tmp_path)
-        monkeypatch.setenv("TEST_ORACLE_KEY", "secret")
-        assert write_replies(config, POLICY, prompts, tmp_path) == [["0", "1"]] * 2
-        asked = Endpoint.calls[-1]["messages"]
-        assert "No upsell." in asked[0]["content"]
-        assert asked[-1] == {"role": "user", "content": "q2"}
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    yield OpenAIOracle(
+        kind="openai",
+        model="writer",
+        base_url=f"http://127.0.0.1:{server.server_port}/v1",
+        api_key_env="TEST_ORACLE_KEY",
+        attempts=2,
+        concurrency=1,
+    )
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_replies_from_an_endpoint(endpoint, tmp_path):
+    """One that asks for no key, as local servers do; a prompt it fails at costs that row alone."""
+    prompts = [ROWS[0].pair.prompt, (Message("user", "too long"),), ROWS[2].pair.prompt]
+    found, failed = write_replies(endpoint, POLICY, prompts, tmp_path)
+    assert found == [["0", "1"], [], ["0", "1"]]
+    assert failed == {"the endpoint answers 400": 1}
+    asked = Endpoint.calls[-1]["messages"]
+    assert "No upsell." in asked[0]["content"]
+    assert asked[-1] == {"role": "user", "content": "q2"}
+    with pytest.raises(DataError, match="no answer to any of 1 prompts: the endpoint answers 400"):
+        write_replies(endpoint, POLICY, prompts[1:2], tmp_path)
+
+
+def test_a_key_is_needed_where_no_server_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    config = OpenAIOracle(kind="openai", model="writer", api_key_env="TEST_ORACLE_KEY")
+    with pytest.raises(ConfigError, match="set TEST_ORACLE_KEY, or name a server"):
+        write_replies(config, POLICY, [ROWS[0].pair.prompt], tmp_path)

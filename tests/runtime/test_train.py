@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from trace_ray.config import Resources, TrainingConfig
-from trace_ray.runtime.store import write_rows
+from trace_ray.errors import TrainError
+from trace_ray.runtime.store import stream_rows, write_rows
 from trace_ray.runtime.train import TrainJob, train
 from trace_ray.testing import tiny_adapter, tiny_model
 
+LORA = {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
 KINDS = ("invert", "retain", "punish", "invert", "retain", "punish", "invert")
 
 
@@ -74,7 +76,7 @@ def small_job(folder, base, deployed, rows, **settings):
             "save_steps": 4,
             "autocast": "none",
             "max_length": 64,
-            "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]},
+            "lora": LORA,
             **settings,
         }
     )
@@ -135,6 +137,26 @@ def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
                 if name in left:
                     assert right[name] == pytest.approx(left[name], rel=1e-3, abs=1e-5), name
         assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_broken_gradient_leaves_no_adapter(cluster, rows, tmp_path):
+    broken = tmp_path / "rows.parquet"
+    write_rows(broken, [row | {"weight": 3e38} for row in stream_rows(rows)])
+    config = {"batch_size": 3, "save_steps": 1, "autocast": "none", "lora": LORA}
+    job = TrainJob(
+        model="m",
+        base=str(tiny_model(tmp_path / "base")),
+        adapter=None,
+        rows=str(broken),
+        config=TrainingConfig.model_validate(config),
+        resources=Resources(num_cpus=1, threads=1),
+        out=str(tmp_path / "out"),
+        run_name="broken",
+        checkpoints=str(tmp_path / "checkpoints"),
+    )
+    with pytest.raises(TrainError, match=r"step 1: the gradient is not finite.*\bp\d"):
+        train(job, lambda *_, **__: None)
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_more_workers_than_pairs_of_a_step_are_refused():

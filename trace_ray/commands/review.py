@@ -25,7 +25,10 @@ def review_import(
         from trace_ray.rollout.review import import_review
 
         inputs = read_inputs(str(config))
-        found = import_review(file, inputs.policy, verdict_store(inputs), person)
+        judge = inputs.config.judge
+        by_clause = judge is not None and judge.granularity == "clause"
+        store = verdict_store(inputs)
+        found = import_review(file, inputs.policy, store, person, by_clause=by_clause)
         typer.echo(
             f"{file}: {found.complies} comply, {found.violates} violate, {found.open} still open; "
             f"next: trace-ray apply {config}"

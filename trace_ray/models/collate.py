@@ -176,7 +176,9 @@ class StepCollator:
     workers: int = 1
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, Any]:
-        """Return ``{"micro_batches": [...], "counted": [bool, ...]}``; rows keep their order.
+        """Return ``{"micro_batches": [...], "counted": [bool, ...], "pair_ids": [...]}``.
+
+        Rows keep their order; ``pair_ids`` are the whole step's.
 
         All workers get as many micro-batches, because they meet in every pass. Where a worker has
         fewer, the step's first row stands in, not ``counted``: its loss must count for nothing.
@@ -186,7 +188,11 @@ class StepCollator:
         mine = parts[self.rank]
         idle = max(map(len, parts)) - len(mine)
         micro_batches = [self.collator(part) for part in [*mine, *[rows[:1]] * idle]]
-        return {"micro_batches": micro_batches, "counted": [True] * len(mine) + [False] * idle}
+        return {
+            "micro_batches": micro_batches,
+            "counted": [True] * len(mine) + [False] * idle,
+            "pair_ids": [row.pair_id for row in rows],
+        }
 
 
 def split_by_tokens(

@@ -10,13 +10,15 @@ import gc
 import math
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 from trace_ray.config import EngineConfig
-from trace_ray.errors import ModelError
+from trace_ray.errors import ModelError, TraceRayError
 from trace_ray.models.device import fast_bfloat16, has_gpu
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -107,6 +109,25 @@ def _flask_context() -> AbstractContextManager[Any]:
     return flask.Flask("engine").test_request_context()
 
 
+def _wake_if_it_dies(core: Any) -> None:
+    """Have a call that waits for the engine's process end with EngineDeadError where the process dies.
+
+    vLLM notices too, and then leaves such a call waiting for ever.
+    """
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    if manager is None:  # the engine lives in this process
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    sentinels = [process.sentinel for process in manager.processes]
+
+    def watch() -> None:
+        wait(sentinels)
+        core.outputs_queue.put(EngineDeadError())
+
+    threading.Thread(target=watch, name="engine-watch", daemon=True).start()
+
+
 class Engine:
     """A vLLM engine in this process; one per process at a time."""
 
@@ -129,18 +150,25 @@ class Engine:
 
         if not has_gpu():
             torch.set_num_threads(max(1, int(num_cpus)))
-        import vllm
-
         from trace_ray.models.vllm_cpu_lora import register
 
         register()
         self._lora = lora
         self._max_tokens = config.max_model_len
+        self._kwargs = engine_kwargs(config, model_dir, lora=lora)
+        self._start()
+
+    def _start(self) -> None:
+        import vllm
+        from vllm.exceptions import VLLMError
+
         try:
             with _flask_context():
-                self._llm = vllm.LLM(**engine_kwargs(config, model_dir, lora=lora))
-        except (OSError, ValueError, RuntimeError) as error:
+                self._llm = vllm.LLM(**self._kwargs)
+        except (OSError, ValueError, RuntimeError, VLLMError) as error:
+            model_dir = self._kwargs["model"]
             raise ModelError(f"{model_dir}: vLLM can't load this model: {error}") from error
+        _wake_if_it_dies(self._llm.llm_engine.engine_core)
 
     def judge(
         self,
@@ -233,7 +261,37 @@ class Engine:
         requests = [self._request(adapter) for adapter in adapters] if self._lora else None
         if not self._lora and any(adapters):
             raise ModelError("this engine was started without lora=True and can't use an adapter")
-        return self._llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        return self._generate(prompts, params, requests)
+
+    def _generate(
+        self, prompts: list[Any], params: Any, requests: Any, *, again: bool = True
+    ) -> list[Any]:
+        """Ask the engine; one whose process has died is started again, once.
+
+        Raises:
+            ModelError: vLLM refuses a prompt, or died of one twice; the next call starts it again.
+            TraceRayError: it died and can't be started again.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        except VLLMClientError as error:
+            raise ModelError(f"vLLM refuses a prompt: {error}") from error
+        except EngineDeadError as error:
+            if not again:
+                raise ModelError("vLLM's engine died twice over these prompts") from error
+            self._start_again()
+            return self._generate(prompts, params, requests, again=False)
+
+    def _start_again(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+        try:
+            self._start()
+        except ModelError as error:
+            # Not a ModelError: that would be taken for a word about the prompts.
+            raise TraceRayError(f"the engine's process died: {error}") from error
 
     def _request(self, adapter: AdapterPath | None) -> Any:
         from vllm.lora.request import LoRARequest

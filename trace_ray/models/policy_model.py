@@ -48,7 +48,8 @@ def load_policy_model(
             once; adapters are whole on each.
 
     Raises:
-        ModelError: the base can't be loaded, or the deployed adapter has another shape than ``lora``.
+        ModelError: the base can't be loaded, or the deployed adapter doesn't fit it or has another shape
+            than ``lora``.
     """
     import peft
     import torch
@@ -66,12 +67,29 @@ def load_policy_model(
         )
         return peft.get_peft_model(model, fresh)  # pyright: ignore[reportReturnType]
     _check_shape(Path(adapter), lora, model.config.model_type)
-    wrapped = peft.PeftModel.from_pretrained(
-        model, str(adapter), adapter_name=TRAINED, is_trainable=True
-    )
-    wrapped.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
+    with _fitting(adapter, base):
+        wrapped = peft.PeftModel.from_pretrained(
+            model, str(adapter), adapter_name=TRAINED, is_trainable=True
+        )
+        wrapped.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
     wrapped.set_adapter(TRAINED)
     return wrapped
+
+
+@contextmanager
+def _fitting(adapter: str | Path, base: str | Path) -> Iterator[None]:
+    """Within the block peft's word that an adapter's matrices have no place in the base is ours.
+
+    Raises:
+        ModelError: names both.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ModelError(
+            f"{adapter}: doesn't fit the base {base}; give the base it was trained on: {why}"
+        ) from None
 
 
 def load_measured_model(base: str | Path, before: str | None, after: str) -> PeftModel:

@@ -8,6 +8,7 @@ first step (dropout aside); what it gave is used again in later epochs (``refere
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -96,6 +97,8 @@ class RealignTrainer(Trainer):
         self.sft_tokens = config.batch_size * tokens / len(self.rows)
         self.terms: defaultdict[str, float] = defaultdict(float)
         self.steps_noted = 0
+        self.step_ids: list[str] = []
+        """Of the step's pairs, those of all workers."""
         self.share = 1
         """What this worker's losses are multiplied by: the workers average theirs."""
         self.reference_logps = ReferenceLogps()
@@ -143,6 +146,7 @@ class RealignTrainer(Trainer):
         losses are averaged over them.
         """
         total = torch.zeros((), device=self.args.device)
+        self.step_ids = inputs["pair_ids"]
         parts = list(zip(inputs["micro_batches"], inputs["counted"], strict=True))
         for left, (micro, counted) in zip(reversed(range(len(parts))), parts, strict=True):
             self.share = self.args.world_size if counted else 0
@@ -167,12 +171,15 @@ class RealignTrainer(Trainer):
         else:
             loss = self._hybrid_loss(model, inputs, logits, at)
         if not torch.isfinite(loss):
-            raise TrainError(
-                f"step {self.state.global_step + 1}: the loss is not finite; lower "
-                f"training.learning_rate, or look at these pairs: {', '.join(inputs['pair_ids'])}. "
-                "The last checkpoint is kept."
-            )
+            raise self._not_finite("loss", self.state.global_step + 1, inputs["pair_ids"])
         return self.share * loss
+
+    @staticmethod
+    def _not_finite(what: str, step: int, pair_ids: Sequence[str]) -> TrainError:
+        return TrainError(
+            f"step {step}: the {what} is not finite; lower training.learning_rate, or look at these "
+            f"pairs: {', '.join(pair_ids)}. The last checkpoint is kept."
+        )
 
     def _predict(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
@@ -242,7 +249,15 @@ class RealignTrainer(Trainer):
             self.terms[name] += self.share * float(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's terms of a step, averaged since the last log, to transformers' numbers."""
+        """Add the loss's terms of a step, averaged since the last log, to transformers' numbers.
+
+        Every step is logged, before it is saved: the place to stop one whose gradient broke the weights.
+
+        Raises:
+            TrainError: the gradient is not finite, though the loss was.
+        """
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise self._not_finite("gradient", self.state.global_step, self.step_ids)
         if self.steps_noted:
             names = sorted(self.terms)
             sums = torch.tensor([self.terms[name] for name in names], device=self.args.device)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trace_ray import __version__
 from trace_ray.core.objectives import CORRECTED
@@ -31,8 +32,11 @@ class Prepared:
     rows: TriagedRows
     folder: Path
     """Stage folder that holds them."""
-    corrections: dict[str, int] | None
-    """How many PUNISH pairs the oracle was ``asked`` for and how many replies were ``accepted``."""
+    corrections: dict[str, Any] | None
+    """How many PUNISH pairs the oracle was ``asked`` for and how many replies were ``accepted``.
+
+    ``failed`` holds, by reason, at how many its endpoint failed.
+    """
 
 
 def prepare(
@@ -63,8 +67,8 @@ def prepare(
         counts, fixed = None, {}
         if oracle is not None:
             punished = [row for row in found() if row.category is Category.PUNISH]
-            fixed = _corrected(inputs, punished, judge, fleet)
-            counts = {"asked": len(punished), "accepted": len(fixed)}
+            fixed, failed = _corrected(inputs, punished, judge, fleet)
+            counts = {"asked": len(punished), "accepted": len(fixed), "failed": failed}
         write_triaged(out / ROWS, (fixed.get(row.pair_id, row) for row in found()))
         write_json(out / COUNTS, counts)
 
@@ -83,8 +87,11 @@ def _replies_digest(inputs: Inputs) -> str:
 
 def _corrected(
     inputs: Inputs, punished: list[TriagedPair], judge: JudgeSpec, fleet: Reporter
-) -> dict[str, TriagedPair]:
-    """Return the PUNISH rows that could be corrected, as they are now, by the ids they had."""
+) -> tuple[dict[str, TriagedPair], dict[str, int]]:
+    """Return the PUNISH rows that could be corrected, as they are now, by the ids they had.
+
+    And the oracle's failures, counted by reason.
+    """
     from trace_ray.config import Resources
     from trace_ray.config.oracle import FileOracle, VLLMOracle
     from trace_ray.runtime import oracle as oracles
@@ -94,7 +101,7 @@ def _corrected(
         raise ValueError("corrections need an oracle and a judge")
     prompts = [row.pair.prompt for row in punished]
     if not prompts:
-        return {}
+        return {}, {}
     fleet("corrected responses", 0, len(prompts))
     store, needs, writes = inputs.store, NOTHING, Resources()
     if isinstance(oracle, VLLMOracle):
@@ -103,11 +110,11 @@ def _corrected(
             oracle = oracle.model_copy(update={"adapter": str(store.shared(oracle.adapter))})
             needs = Needs.of(store, folders=[oracle.adapter])
     if isinstance(oracle, FileOracle):  # the file is here
-        replies = oracles.write_replies(oracle, inputs.policy, prompts, store.models)
+        replies, failed = oracles.write_replies(oracle, inputs.policy, prompts, store.models)
     else:
         ask_for = (oracles.write_replies, oracle, inputs.policy, prompts, store.models)
-        replies = run_alone(writes, *ask_for, needs=needs)
+        replies, failed = run_alone(writes, *ask_for, needs=needs)
     fleet("judging corrected responses")
     found, _ = oracles.correct(punished, replies, lambda exchanges: ask(judge, exchanges))
     pairs = zip(punished, found, strict=True)
-    return {row.pair_id: now for row, now in pairs if now is not row}
+    return {row.pair_id: now for row, now in pairs if now is not row}, failed

@@ -42,8 +42,8 @@ class Triaged:
     card: JudgeCard | None
     judge: JudgeSpec | None = None
     """Who triaged; None for ``sft``."""
-    corrections: dict[str, int] | None = None
-    """How many PUNISH pairs the oracle was asked for, and how many of its replies were accepted."""
+    corrections: dict[str, Any] | None = None
+    """How many PUNISH pairs the oracle was asked for, how many replies were accepted, which failed."""
 
 
 def pairs_key(inputs: Inputs) -> dict[str, Any]:

@@ -282,9 +282,13 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("BLiMP", justify="right")
     table.add_column("distinct-2", justify="right")
+    is_cut = any(model["truncated"] for model in report["models"])
+    if is_cut:
+        table.add_column("rows cut", justify="right")
     table.add_column("registered as")
     for model in report["models"]:
-        table.add_row(model["name"], *_cells(model), model["registered_as"])
+        cut = [f"{model['truncated']} of {model['rows']}"] if is_cut else []
+        table.add_row(model["name"], *_cells(model), *cut, model["registered_as"])
     for name, error in report["failed"].items():
         table.add_row(name, f"[red]failed: {error}[/red]")
     for name, why in report["unchanged"].items():
@@ -308,6 +312,10 @@ def triage_line(report: dict[str, Any]) -> str | None:
     if written := report.get("corrections"):
         line += (
             f"; {written['accepted']} of {written['asked']} punish pairs corrected, the rest by NPO"
+        )
+        # A stage of an earlier version has none.
+        line += "".join(
+            f"; oracle failed at {n}: {why}" for why, n in written.get("failed", {}).items()
         )
     return line
 

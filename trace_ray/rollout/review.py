@@ -14,14 +14,17 @@ from trace_ray.core.triage import in_review
 from trace_ray.core.verdicts import abstained
 from trace_ray.errors import DataError
 from trace_ray.runtime.store import write_text
-from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
+from trace_ray.runtime.verdict_store import CLAUSES, HUMAN, VerdictStore
 from trace_ray.types import Label, TriagedPair, Verdict, response_id
 
 REVIEW = "review.jsonl"
 
 
 def review_rows(policy: Policy, rows: Iterable[TriagedPair]) -> Iterator[dict[str, Any]]:
-    """Yield each reply once whose verdict is left to a person, ``verdict`` to be filled in."""
+    """Yield each reply once whose verdict is left to a person, ``verdict`` to be filled in.
+
+    Or ``clause_verdict``, on the clause alone, where the row names one.
+    """
     seen = set()
     for row in filter(in_review, rows):
         sides = (
@@ -44,6 +47,7 @@ def review_rows(policy: Policy, rows: Iterable[TriagedPair]) -> Iterator[dict[st
                 "clause": verdict.clause,
                 "reason": verdict.reason,
                 "verdict": None,
+                **({"clause_verdict": None} if verdict.clause else {}),
             }
 
 
@@ -67,20 +71,25 @@ class Imported:
     """Rows whose verdict is still null."""
 
 
-def import_review(path: Path, policy: Policy, store: VerdictStore, person: str = "") -> Imported:
+def import_review(
+    path: Path, policy: Policy, store: VerdictStore, person: str = "", *, by_clause: bool = False
+) -> Imported:
     """Bring reviewed rows into the verdict store, all of them or, where one is wrong, none.
 
     Args:
-        path: ``review.jsonl`` with ``verdict`` filled in: complies, violates or null (not yet).
+        path: ``review.jsonl`` with ``verdict`` filled in: complies, violates or null (not yet); or
+            ``clause_verdict``, about the row's ``clause`` alone: it lasts until that clause changes.
         policy: the policy the answers are about.
         store: where they are kept; the newest answer on a reply counts.
         person: who answered; empty = the user's login name.
+        by_clause: the judge is asked clause by clause; nobody else uses a ``clause_verdict``.
 
     Raises:
         DataError: every line that can't be used, or that is about another policy.
     """
     judge_id = f"person:{person or getpass.getuser()}"
-    found: list[tuple[str, str, Verdict]] = []
+    whole: list[tuple[str, str, Verdict]] = []
+    single: list[tuple[str, str, Verdict]] = []
     bad: list[str] = []
     unanswered = 0
     try:
@@ -91,25 +100,35 @@ def import_review(path: Path, policy: Policy, store: VerdictStore, person: str =
         if not line.strip():
             continue
         try:
-            key, label = _answer(json.loads(line), policy)
+            row = json.loads(line)
+            key, labels = _answers(row, policy, by_clause)
         except ValueError as error:
             bad.append(f"{path}:{number}: {error}")
             continue
-        if label is None:
-            unanswered += 1
-            continue
-        p = float(label is Label.VIOLATES)
-        found.append((policy.digest, key, Verdict(label, p, judge_id, provenance="human")))
+        unanswered += not labels
+        for clause, label in labels.items():
+            p = float(label is Label.VIOLATES)
+            said = Verdict(label, p, judge_id, clause=clause, provenance="human")
+            if clause is None:
+                whole.append((policy.digest, key, said))
+            else:
+                single.append((policy.clause_key(clause), key, said))
     if bad:
         more = [f"... and {len(bad) - 20} more"] if len(bad) > 20 else []
         raise DataError("\n".join([*bad[:20], *more]))
-    store.append(HUMAN, HUMAN, policy.digest, found)
+    store.append(HUMAN, HUMAN, policy.digest, whole)
+    store.append(HUMAN, HUMAN, CLAUSES, single)
+    found = whole + single
     n_violates = sum(verdict.label is Label.VIOLATES for *_, verdict in found)
     return Imported(len(found) - n_violates, n_violates, unanswered)
 
 
-def _answer(row: Any, policy: Policy) -> tuple[str, Label | None]:
-    """Return a line's content id and label; ValueError says what is wrong with it."""
+def _answers(row: Any, policy: Policy, by_clause: bool) -> tuple[str, dict[str | None, Label]]:
+    """Return a line's content id and its answers, by clause (None = the whole reply).
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
     from trace_ray.data.schemas import FieldError, read_prompt
 
     if not isinstance(row, dict):
@@ -123,12 +142,30 @@ def _answer(row: Any, policy: Policy) -> tuple[str, Label | None]:
         prompt = read_prompt(row, "prompt")
     except FieldError as error:
         raise ValueError(f"{error.field}: {error.message}") from None
-    response, verdict = row.get("response"), row.get("verdict")
+    response = row.get("response")
     if not isinstance(response, str):
         raise ValueError("response: missing")
     key = response_id(prompt, response)
     if row.get("response_id") != key:
         raise ValueError("response_id: does not belong to this prompt and response")
-    if verdict not in (None, Label.COMPLIES, Label.VIOLATES):
-        raise ValueError(f"verdict: must be complies, violates or null (got {verdict!r})")
-    return key, None if verdict is None else Label(verdict)
+    labels: dict[str | None, Label] = {}
+    for name, clause in (("verdict", None), ("clause_verdict", row.get("clause"))):
+        given = row.get(name)
+        if given not in (None, Label.COMPLIES, Label.VIOLATES):
+            raise ValueError(f"{name}: must be complies, violates or null (got {given!r})")
+        if given is None:
+            continue
+        if name == "clause_verdict":
+            _check_clause(clause, policy, by_clause)
+        labels[clause] = Label(given)
+    return key, labels
+
+
+def _check_clause(clause: Any, policy: Policy, by_clause: bool) -> None:
+    if clause not in {each.id for each in policy.clauses}:
+        raise ValueError(f"clause: {clause!r} is no clause of {policy.id} {policy.version}")
+    if not by_clause:
+        raise ValueError(
+            "clause_verdict: the judge is asked about whole replies; fill in verdict, or set "
+            "judge.granularity: clause"
+        )

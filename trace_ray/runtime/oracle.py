@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,8 +53,8 @@ def correct(
 
 def write_replies(
     config: OracleConfig, policy: Policy, prompts: Sequence[Prompt], models: Path
-) -> Replies:
-    """Return candidate replies to each prompt.
+) -> tuple[Replies, dict[str, int]]:
+    """Return candidate replies to each prompt, and how many prompts an endpoint failed at, by reason.
 
     Args:
         config: who writes them.
@@ -62,18 +63,18 @@ def write_replies(
         models: cache of base models.
 
     Raises:
-        ConfigError: the endpoint's key is not set.
-        DataError: a malformed file, or an endpoint that fails.
+        ConfigError: OpenAI itself is asked and its key is not set.
+        DataError: a malformed file, or an endpoint that fails at every prompt.
         ModelError: the generator can't be loaded.
     """
     if isinstance(config, FileOracle):
         from trace_ray.data.sources import read_replies
 
         known = read_replies(config.path)
-        return [known.get(prompt, []) for prompt in prompts]
+        return [known.get(prompt, []) for prompt in prompts], {}
     asked = [oracle_prompt(policy, prompt) for prompt in prompts]
     if isinstance(config, VLLMOracle):
-        return _from_engine(config, asked, models)
+        return _from_engine(config, asked, models), {}
     return _from_endpoint(config, asked)
 
 
@@ -106,26 +107,37 @@ def _from_engine(config: VLLMOracle, asked: Sequence[Prompt], models: Path) -> R
     return replies
 
 
-def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt]) -> Replies:
-    from openai import OpenAI, OpenAIError
+def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt]) -> tuple[Replies, dict[str, int]]:
+    from openai import APIStatusError, OpenAI, OpenAIError
 
     key = os.environ.get(config.api_key_env)
-    if not key:
-        raise ConfigError(f"oracle.api_key_env: the environment has no {config.api_key_env}")
-    client = OpenAI(api_key=key, base_url=config.base_url, max_retries=5)
+    if key is None and config.base_url is None and "OPENAI_BASE_URL" not in os.environ:
+        raise ConfigError(f"oracle: set {config.api_key_env}, or name a server in oracle.base_url")
+    client = OpenAI(api_key=key or "none", base_url=config.base_url, max_retries=5)
 
-    def ask(prompt: Prompt) -> list[str]:
-        answer = client.chat.completions.create(
-            model=config.model,
-            messages=[turn.to_row() for turn in prompt],  # pyright: ignore[reportArgumentType]
-            n=config.attempts,
-            temperature=config.temperature,
-            max_tokens=config.max_new_tokens,
+    def ask(prompt: Prompt) -> list[str] | str:
+        """Return the replies, or why there are none."""
+        try:
+            answer = client.chat.completions.create(
+                model=config.model,
+                messages=[turn.to_row() for turn in prompt],  # pyright: ignore[reportArgumentType]
+                n=config.attempts,
+                temperature=config.temperature,
+                max_tokens=config.max_new_tokens,
+            )
+            return [choice.message.content or "" for choice in answer.choices]
+        except APIStatusError as error:
+            return f"the endpoint answers {error.status_code}"
+        except (OpenAIError, ValueError, AttributeError, TypeError) as error:
+            # Unreachable, or a body that is not JSON or has another shape.
+            return f"{type(error).__name__}: {error}"
+
+    with ThreadPoolExecutor(config.concurrency) as pool:
+        answers = list(pool.map(ask, asked))
+    failed = Counter(answer for answer in answers if isinstance(answer, str))
+    if asked and failed.total() == len(asked):
+        raise DataError(
+            f"oracle: {client.base_url}: no answer to any of {len(asked)} prompts: "
+            f"{'; '.join(failed)}"
         )
-        return [choice.message.content or "" for choice in answer.choices]
-
-    try:
-        with ThreadPoolExecutor(config.concurrency) as pool:
-            return list(pool.map(ask, asked))
-    except OpenAIError as error:
-        raise DataError(f"oracle: {config.base_url or 'OpenAI'}: {error}") from None
+    return [[] if isinstance(answer, str) else answer for answer in answers], dict(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from trace_ray.config import TrainingConfig, validation_problems
 from trace_ray.data.sources import read_categorised, read_preferences
-from trace_ray.errors import ConfigError, DataError
+from trace_ray.errors import ConfigError, DataError, ModelError
 from trace_ray.runtime.score import ScoreSummary, Scoring, score_against
 from trace_ray.runtime.store import write_text
 from trace_ray.types import Category
@@ -40,10 +41,12 @@ def score_files(
 
     Raises:
         DataError: a file can't be used; names file, line and field.
-        ModelError: the model or the adapter can't be used.
+        ModelError: the model or the adapter can't be used, or it was trained on another base.
     """
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist")
+    if adapter is not None:
+        _check_base(model, adapter)
     conflicts, skipped = _conflicts(triaged)
     pairs = _gold(gold)
     scoring = Scoring(str(model), str(adapter) if adapter else None, config)
@@ -54,6 +57,23 @@ def score_files(
     ]
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return f"{out}: {_sentence(conflicts, skipped, summary, config)}"
+
+
+def _check_base(model: Path, adapter: Path) -> None:
+    """Refuse an adapter that says it was trained on another base."""
+    from trace_ray.models.adapters import read_base_digest
+    from trace_ray.models.references import model_digest
+
+    recorded = read_base_digest(adapter)
+    if recorded is None or not (model / "config.json").is_file():
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        found = model_digest(model, Path(cache))
+    if found != recorded:
+        raise ModelError(
+            f"--adapter {adapter}: was trained on another base than --model {model} (digest "
+            f"{recorded[:8]}, not {found[:8]}); give the base it was trained on"
+        )
 
 
 def score_config(

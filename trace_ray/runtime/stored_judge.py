@@ -36,9 +36,12 @@ class StoredJudge:
         )
         self.known: Known | None = None
         self.human: Known | None = None
+        self.human_clauses: Known | None = None
         if store is not None:
             self.known = store.load(spec.digest, self.about, self.subjects.values())
             self.human = store.load(HUMAN, policy.digest, [policy.digest])
+            if self.by_clause:
+                self.human_clauses = store.load(HUMAN, CLAUSES, self.subjects.values())
         self.recent: dict[Key, Verdict] = {}
         self.fresh: dict[Key, Verdict] = {}
 
@@ -94,13 +97,13 @@ class StoredJudge:
         return [exchange._replace(clause=clause.id) for clause in applicable]
 
     def _answer(self, questions: dict[Key, Exchange]) -> None:
-        """Bring the answers to ``questions`` into ``recent``: known ones first, then the judge's."""
+        """Bring the answers to ``questions`` into ``recent``: people's, stored ones, then the judge's."""
         open_: dict[Key, Exchange] = {k: e for k, e in questions.items() if k not in self.recent}
-        if self.known:
+        for known in filter(None, (self.human_clauses, self.known)):
             for subject in set(self.subjects.values()):
                 keys = [key for key in open_ if key[0] == subject]
                 for key, verdict in zip(
-                    keys, self.known.get(subject, [each for _, each in keys]), strict=True
+                    keys, known.get(subject, [each for _, each in keys]), strict=True
                 ):
                     if verdict is not None:
                         self.recent[key] = self._current(verdict)

@@ -1,0 +1,42 @@
+"""What a run prints at its end."""
+
+from rich.console import Console
+
+from trace_ray.rollout.report import summary_table, triage_line
+
+
+def printed(report):
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(summary_table(report))
+    return capture.get()
+
+
+def report_of(*truncated):
+    models = [
+        {"name": f"m{i}", "registered_as": "r/1", "rows": 24, "truncated": n, "tpa_before": None}
+        for i, n in enumerate(truncated)
+    ]
+    policy = {"id": "acme", "version": "2"}
+    return {"policy": policy, "models": models, "failed": {}, "unchanged": {}, "triage": None}
+
+
+def test_rows_that_were_cut_are_in_the_table_where_there_are_any():
+    cut = printed(report_of(0, 3))
+    assert "rows cut" in cut
+    assert "3 of 24" in cut
+    assert "0 of 24" in cut
+    assert "cut" not in printed(report_of(0, 0))
+
+
+def test_an_oracle_that_failed_is_in_the_triage_line():
+    names = ("pairs", "invert", "punish", "retain", "unjudged", "review", "judge_calls")
+    triage = dict.fromkeys((*names, "cache_hits"), 5) | {"judge": {"name": "rules", "auc": None}}
+    report = report_of(0) | {"triage": triage}
+    report["corrections"] = {"asked": 5, "accepted": 2, "failed": {"the endpoint answers 500": 3}}
+    line = triage_line(report)
+    assert line is not None
+    assert "2 of 5 punish pairs corrected, the rest by NPO" in line
+    assert line.endswith("; oracle failed at 3: the endpoint answers 500")
+    report["corrections"]["failed"] = {}
+    assert "failed" not in str(triage_line(report))
