@@ -160,11 +160,12 @@ class Engine:
 
     def _start(self) -> None:
         import vllm
+        from vllm.exceptions import VLLMError
 
         try:
             with _flask_context():
                 self._llm = vllm.LLM(**self._kwargs)
-        except (OSError, ValueError, RuntimeError, vllm.exceptions.VLLMError) as error:
+        except (OSError, ValueError, RuntimeError, VLLMError) as error:
             model_dir = self._kwargs["model"]
             raise ModelError(f"{model_dir}: vLLM can't load this model: {error}") from error
         _wake_if_it_dies(self._llm.llm_engine.engine_core)

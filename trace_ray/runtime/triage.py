@@ -220,7 +220,7 @@ def _logged(tally: Any, log: Log | None) -> Iterator[None]:
     def tell() -> None:
         # For show: a tally that is lost stops no work.
         with contextlib.suppress(RayError):
-            counts = ray.get(tally.so_far.remote())
+            counts: Any = ray.get(tally.so_far.remote())
             log(counts, int(counts["rows"]))
 
     stop = threading.Event()
