@@ -141,7 +141,8 @@ def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
 
 def test_a_broken_gradient_leaves_no_adapter(cluster, rows, tmp_path):
     broken = tmp_path / "rows.parquet"
-    write_rows(broken, [row | {"weight": 3e38} for row in stream_rows(rows)])
+    first, *rest = stream_rows(rows)
+    write_rows(broken, [first | {"weight": 3e38}, *rest])
     config = {"batch_size": 3, "save_steps": 1, "autocast": "none", "lora": LORA}
     job = TrainJob(
         model="m",
@@ -154,7 +155,7 @@ def test_a_broken_gradient_leaves_no_adapter(cluster, rows, tmp_path):
         run_name="broken",
         checkpoints=str(tmp_path / "checkpoints"),
     )
-    with pytest.raises(TrainError, match=r"step 1: the gradient is not finite.*\bp\d"):
+    with pytest.raises(TrainError, match=r"step \d: the gradient is not finite.*\bp0\b"):
         train(job, lambda *_, **__: None)
     assert not (tmp_path / "out" / "adapter").exists()
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from mlflow import MlflowClient
 
 from trace_ray.config import JudgeConfig
 from trace_ray.core.checks import evaluate_policy
@@ -23,6 +24,7 @@ from trace_ray.errors import JudgeError
 from trace_ray.rollout.plan import load_policy
 from trace_ray.runtime.judges import JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Board, Reporter
+from trace_ray.runtime.registry import Registry
 from trace_ray.runtime.tally import shown
 from trace_ray.runtime.triage import (
     TriageBatch,
@@ -246,6 +248,29 @@ def test_what_the_view_says_of_a_triage():
         "2 invert, 28 retain; 1.6 verdicts/s; 2.0k tokens/s; 2 from the store; 0:47 left"
     )
     assert shown({"rows": 100, "retain": 100}, 100, 1) == "100 retain; 0 verdicts/s"
+
+
+def test_a_triage_is_logged_while_it_goes_on(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("trace_ray.runtime.triage._LOG_EVERY_S", 0.3)
+    registry = Registry(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def log(counts, rows):
+        registry.log_run("triage r", counts, {"run_id": "r"}, rows, ended=rows == 40)
+
+    source = write(tmp_path / "pairs.parquet", pairs(40))
+    spec = scripted(policy_of(), delay_s=0.05, batch_size=8)
+    triage_pairs(source, tmp_path / "out", spec, None, log=log)
+    client = MlflowClient(registry.uri)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    assert (run.info.status, run.data.tags["run_id"]) == ("FINISHED", "r")
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "invert")]
+    assert len(set(steps)) > 1
+    assert steps == sorted(steps)
+    assert (
+        run.data.metrics.items() >= {"rows": 40, "invert": 10, "punish": 10, "retain": 20}.items()
+    )
+    assert run.data.metrics["verdicts_per_s"] > 0
 
 
 def test_a_judge_actor_that_is_killed_loses_no_row_and_doubles_none(cluster, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult, write_json
 from trace_ray.runtime.triage import triage_pairs
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
-from trace_ray.runtime.verdict_store import HUMAN
+from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
 
 PAIRS, TRIAGE = "pairs", "triage"
 """The stages of a fleet that the store keeps."""
@@ -54,7 +55,10 @@ def pairs_key(inputs: Inputs) -> dict[str, Any]:
 
 def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str, Any]:
     """What the triage depends on."""
-    policy, asked = inputs.policy, spec.config
+    policy, asked, verdicts = inputs.policy, spec.config, verdict_store(inputs)
+    people = verdicts.fingerprint(HUMAN, policy.digest)
+    if asked.granularity == "clause":
+        people += verdicts.fingerprint(HUMAN, CLAUSES)
     return {
         "pairs": pairs.path.name,
         "judge": [spec.judge_id, spec.digest],
@@ -64,7 +68,7 @@ def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str,
         "tiers": dict(asked.tiers),
         "policy": policy.digest,
         "both": asked.judge_both,
-        "people": verdict_store(inputs).fingerprint(HUMAN, policy.digest),
+        "people": people,
         "version": __version__,
     }
 
@@ -136,7 +140,8 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     verdicts = verdict_store(inputs)
 
     def work(out: Path) -> None:
-        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts, fleet)
+        log = functools.partial(reports.log_triage, inputs)
+        triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts, fleet, log)
         write_json(out / "made_by.json", inputs.run_id)
 
     key = triage_key(inputs, pairs, spec)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,13 +172,20 @@ def write(
 def _log_triage(inputs: Inputs, report: dict[str, Any]) -> None:
     """Log the triage's counts and speed as an MLflow run; one that was reused did so before."""
     found = report["triage"]
-    if found["rows_per_s"] is None:
-        return
-    metrics = {f"triage.{k}": v for k, v in found.items() if isinstance(v, int | float)}
+    if found["rows_per_s"] is not None:
+        metrics = {k: v for k, v in found.items() if isinstance(v, int | float)}
+        log_triage(inputs, metrics, found["pairs"], ended=True)
+
+
+def log_triage(
+    inputs: Inputs, metrics: Mapping[str, float], rows: int, *, ended: bool = False
+) -> None:
+    """Log what a triage has come to after ``rows`` rows to its MLflow run."""
+    named = {f"triage.{name}": value for name, value in metrics.items()}
     tags = {"run_id": inputs.run_id, "policy_digest": inputs.policy.digest}
-    # Metrics are for show: a run whose models are done doesn't fail for them.
+    # Metrics are for show: no run fails for them.
     with contextlib.suppress(RegistryError):
-        inputs.registry().log_run(f"triage {inputs.run_id}", metrics, tags)
+        inputs.registry().log_run(f"triage {inputs.run_id}", named, tags, rows, ended=ended)
 
 
 def _verdict_schema() -> Any:

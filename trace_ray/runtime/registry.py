@@ -128,17 +128,33 @@ class Registry:
             run_id = self._client.get_model_version(name, version).run_id
             self._client.log_artifact(str(run_id), str(path))
 
-    def log_run(self, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Log a finished run that made no adapter, such as a triage.
+    def log_run(
+        self,
+        name: str,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        step: int = 0,
+        *,
+        ended: bool = True,
+    ) -> None:
+        """Log the metrics of a ``step`` to a run that makes no adapter, such as a triage.
+
+        The first call under a ``name`` begins the run, the one with ``ended`` closes it.
 
         Raises:
             RegistryError: MLflow refuses.
         """
         with told(self.uri, f"metrics of {name} can't be logged"), self._exclusive():
-            run = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags))
+            found = self._client.search_runs(
+                [self._experiment_id], f"attributes.run_name = '{name}'", max_results=1
+            )
+            run = found[0] if found else None
+            if run is None:
+                run = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags))
             for key, value in metrics.items():
-                self._client.log_metric(run.info.run_id, key, float(value))
-            self._client.set_terminated(run.info.run_id)
+                self._client.log_metric(run.info.run_id, key, float(value), step=step)
+            if ended:
+                self._client.set_terminated(run.info.run_id)
 
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Return all versions of a registered model (its full name), oldest first, with aliases.

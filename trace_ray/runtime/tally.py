@@ -35,6 +35,17 @@ class Tally:
             done, seconds = self.counts["rows"], time.time() - float(self.began or 0)
             self.reporter("triage", done, self.total, shown(self.counts, self.total, seconds))
 
+    def so_far(self) -> dict[str, float]:
+        """Return the counts, and the speed where a judge is ready; ``rows`` is at most the total."""
+        found: dict[str, float] = dict(self.counts)
+        found["rows"] = min(self.counts["rows"], self.total)
+        if seconds := self.seconds():
+            calls, hits = self.counts["judge_calls"], self.counts["cache_hits"]
+            tokens = self.counts["input_tokens"] + self.counts["engine_tokens"]
+            found["verdicts_per_s"] = (calls + hits) / seconds
+            found["tokens_per_s"] = tokens / seconds
+        return found
+
     def seconds(self) -> float | None:
         """Return the seconds since the first judge was ready; None where none ever was."""
         return None if self.began is None else time.time() - self.began

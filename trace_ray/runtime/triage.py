@@ -9,12 +9,15 @@ only when it is whole, so no row is lost or written twice.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import math
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,11 @@ from trace_ray.runtime.triaged import COUNTERS, MOST_ROWS, SPEED, sort_file, ver
 from trace_ray.runtime.verdict_store import VerdictStore
 from trace_ray.types import Label, Prompt, Verdict, prompt_from_rows
 
+_LOG_EVERY_S = 5.0
 _RULE_BATCH = 4096
 _BLOCKS_PER_ACTOR = 4
+
+Log = Callable[[Mapping[str, float], int], None]
 
 
 class TriageBatch:
@@ -147,6 +153,7 @@ def triage_pairs(
     spec: JudgeSpec,
     store: VerdictStore | None,
     reporter: Reporter | None = None,
+    log: Log | None = None,
 ) -> None:
     """Judge and triage parquet of pairs into the folder ``out``, which ``TriagedRows`` reads.
 
@@ -156,6 +163,7 @@ def triage_pairs(
         spec: the judge.
         store: where verdicts are looked up and kept; None = nowhere.
         reporter: told after each batch how far and how fast it is.
+        log: given the counts so far and the rows done every few seconds, and at the end.
 
     Raises:
         JudgeError: the cluster has no room for the judge, or the judge refuses every row alike.
@@ -189,7 +197,8 @@ def triage_pairs(
         **_actors(spec),
     )
     with own_errors():
-        triaged.write_parquet(place(out), **there)
+        with _logged(tally, log):
+            triaged.write_parquet(place(out), **there)
         if bucket:
             for path in bucket.pull(out).glob("*.parquet"):
                 sort_file(path)
@@ -197,6 +206,37 @@ def triage_pairs(
             sort: Any = ray.remote(sort_file)
             result([sort.remote(path) for path in out.absolute().glob("*.parquet")])
         write_json(out / SPEED, {"wall_s": result(tally.seconds.remote())})
+
+
+@contextmanager
+def _logged(tally: Any, log: Log | None) -> Iterator[None]:
+    """Within the block, and once after it, give ``log`` what the tally holds."""
+    if log is None:
+        yield
+        return
+    import ray
+    from ray.exceptions import RayError
+
+    def tell() -> None:
+        # For show: a tally that is lost stops no work.
+        with contextlib.suppress(RayError):
+            counts: Any = ray.get(tally.so_far.remote())
+            log(counts, int(counts["rows"]))
+
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(_LOG_EVERY_S):
+            tell()
+
+    thread = threading.Thread(target=follow, name="triage-log", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    tell()
 
 
 def _actors(spec: JudgeSpec) -> dict[str, Any]:
