@@ -64,7 +64,7 @@ def ghost_derivatives(values_at: ValuesFn, steps: Tensor) -> Tensor:
     return derivatives
 
 
-def fd_derivatives(values_at: ValuesFn, steps: Tensor, scale: float, eps: float = 2e-4) -> Tensor:
+def fd_derivatives(values_at: ValuesFn, steps: Tensor, scale: float, eps: float = 5e-5) -> Tensor:
     """Return the derivative of every value by a central difference: two plain passes.
 
         d ~ [value(h) - value(-h)] / (2 h),   h = eps / rms(g)

@@ -235,8 +235,9 @@ def _logged(tally: Any, log: Log | None) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join()
-    tell()
+        thread.join(_LOG_EVERY_S)
+    if not thread.is_alive():  # else MLflow doesn't answer: the triage is done without it
+        tell()
 
 
 def _actors(spec: JudgeSpec) -> dict[str, Any]:
