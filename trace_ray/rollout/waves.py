@@ -179,7 +179,8 @@ class WaveRollout:
         """Return which of the rollout's adapters somebody else has moved since it began, in words."""
         found = []
         for model in self.rollouts.states([name for wave in plan.waves for name in wave.models]):
-            before, candidate = arms[model.name]
+            adapters = {arm: adapter for adapter, arm in arms[model.name].items()}
+            before, candidate = adapters[Arm.CHAMPION], adapters[Arm.CANDIDATE]
             champion, challenger = (
                 version and version.tags.get("adapter_id", "")
                 for version in (model.at(CHAMPION), model.at(CHALLENGER))
