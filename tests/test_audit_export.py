@@ -80,6 +80,7 @@ def fleet(tmp_path_factory):
     about = {"id": "acme", "version": "2", "digest": policy.digest}
     report = {"run_id": run.name, "policy": about, "models": [model]}
     write_json(run / "report.json", report)
+    (run / "report.html").write_text("<!doctype html>")
     write_rows(run / "verdicts.parquet", [{"pair_id": f"p{i}", "label": "x"} for i in range(300)])
     (at / "storage" / "latest").symlink_to(run)
     log = AuditLog(at / "storage" / "audit", key=b"the operators' own")
@@ -130,6 +131,7 @@ def test_a_third_party_verifies_with_the_public_key_alone(fleet, bundle, keys, t
     assert "was signed with another key" in wrong.output
     with zipfile.ZipFile(bundle) as archive:
         assert len(archive.read("verdicts.jsonl").splitlines()) == 200
+        assert archive.read("report.html") == b"<!doctype html>"
 
 
 def test_hmac_and_unsigned(fleet, monkeypatch, tmp_path):

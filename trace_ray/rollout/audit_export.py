@@ -20,6 +20,7 @@ from trace_ray.core.waves import evidence_problems
 from trace_ray.errors import AuditError, TraceRayError
 from trace_ray.rollout.gate import gate_rows
 from trace_ray.rollout.grading import OUTCOMES
+from trace_ray.rollout.html_report import HTML
 from trace_ray.rollout.plan import load_policy
 from trace_ray.rollout.report import REPORT, VERDICTS
 from trace_ray.rollout.second_judge import same_judge
@@ -77,6 +78,8 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
         HEAD: _json(_head_row(log, head_of(records))),
         GATE: _json(_gate_config(records, report) or config.gate.model_dump(mode="json")),
     }
+    if (run / HTML).is_file():
+        files[HTML] = (run / HTML).read_bytes()
     if (run / VERDICTS).is_file():
         verdicts = heapq.nsmallest(
             SAMPLE,
