@@ -165,9 +165,7 @@ def score_command(
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha [default: 16]")] = None,
     seed: Annotated[int, typer.Option(help="Of a fresh adapter.")] = 0,
     max_length: Annotated[int, typer.Option(help="Tokens of prompt plus response.")] = 512,
-    method: Annotated[
-        str, typer.Option(help="ghost, jvp, fd, or auto: what training takes.")
-    ] = "ghost",
+    method: Annotated[str, typer.Option(help="auto, jvp, ghost or fd.")] = "auto",
     weights: Annotated[
         str, typer.Option(help="mean (of all is 1), category (of each is 1) or l1 (sum to 1).")
     ] = "mean",

@@ -204,14 +204,3 @@ def test_adam_does_not_depend_on_the_batch(base, deployed):
     _, plain = scores(base, deployed, "ghost")
     assert error(a, b) < 1e-4
     assert error(a, plain) > 0.1
-
-
-def test_the_default_engine_is_the_differences_where_they_are_precise(base, monkeypatch):
-    from trace_ray.models.scorer import chosen_method
-
-    assert chosen_method(settings("auto")) == "fd"
-    assert chosen_method(settings("auto", autocast="bfloat16")) == "ghost"
-    low = settings("auto").model_copy(update={"base_dtype": "bfloat16"})
-    assert chosen_method(low) == "ghost"
-    summary, _ = scores(base, None, "auto")
-    assert summary.method == "fd"

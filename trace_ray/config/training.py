@@ -24,7 +24,7 @@ class ImpactConfig(Section):
 
     method: Literal["auto", "jvp", "ghost", "fd"] = "auto"
     """``ghost``: one batched backward pass, exact; ``jvp``: forward mode, exact, the check of the others;
-    ``fd``: central difference in float32; auto = ``fd`` on the CPU in float32, else ``ghost``."""
+    ``fd``: central difference in float32; auto = ghost."""
     gamma: float = Field(default=1.0, gt=0)
     """Damping: the Hessian is taken as gamma * I."""
     gold_batch: int = Field(default=64, ge=3)

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trace_ray.config import TrainingConfig
+from trace_ray.config import ImpactConfig, TrainingConfig
 from trace_ray.core import derivatives, impact, losses
 from trace_ray.core.derivatives import Params
 from trace_ray.errors import DataError
 from trace_ray.models.collate import encode_sides
-from trace_ray.models.device import has_gpu
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.likelihood import Exchange, Head, Likelihood, Line
 from trace_ray.models.packing import can_pack
@@ -55,18 +54,13 @@ class Conflict:
     category: Category
 
 
-def chosen_method(config: TrainingConfig) -> str:
-    """Return the engine that ``impact.method`` stands for in this process.
+def chosen_method(settings: ImpactConfig) -> str:
+    """Return the engine that ``impact.method`` stands for on this machine.
 
-    ``auto`` is ``fd`` on the CPU in float32, the fastest there with an error under 1e-3
-    (benchmarks/impact.py); else ``ghost``, which alone is exact with fused attention and in low
-    precision (on a GPU untested).
+    ``auto`` is ``ghost``: on the CPU by benchmarks/impact_methods.py; on a GPU, untested, because it
+    alone is exact with fused attention and in low precision.
     """
-    settings = config.impact
-    if settings.method != "auto":
-        return settings.method
-    low = settings.autocast != "none" or config.base_dtype != "float32"
-    return "ghost" if has_gpu() or low else "fd"
+    return "ghost" if settings.method == "auto" else settings.method
 
 
 class Scorer:
@@ -81,7 +75,7 @@ class Scorer:
             config: the model's training section.
         """
         self.config = config
-        self.method = chosen_method(config)
+        self.method = chosen_method(config.impact)
         attention = "eager" if self.method == "jvp" else "sdpa"
         model = load_policy_model(
             base,
@@ -91,7 +85,7 @@ class Scorer:
             attention=attention,
             dtype=config.base_dtype,
         )
-        model.to("cuda" if has_gpu() else "cpu")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(base)
         self.params = trained_parameters(model)
         self.likelihood = Likelihood(model, pack=can_pack(model.config, config.max_length))

@@ -109,11 +109,11 @@ def score_against(
     """Score conflicts in this process against a gold batch that is given."""
     settings = scoring.config.impact
     if not conflicts:
-        return _summary(conflicts, gold, [], set(), settings, settings.method)
+        return _summary(conflicts, gold, [], set(), settings)
     scorer = scoring.load()
     direction = scorer.direction(gold)
     raw = scorer.raw_scores(conflicts, direction, progress)
-    return _summary(conflicts, gold, raw, scorer.truncated, settings, scorer.method)
+    return _summary(conflicts, gold, raw, scorer.truncated, settings)
 
 
 def score_on_cluster(
@@ -140,13 +140,12 @@ def score_on_cluster(
     from trace_ray.runtime.cluster import result, run_alone, start_alone
 
     conflicts, gold = conflicts_of(triaged), gold_of(triaged, scoring.config)
-    settings = scoring.config.impact
     if not conflicts:
-        return _summary(conflicts, gold, [], set(), settings, settings.method)
+        return _summary(conflicts, gold, [], set(), scoring.config.impact)
     needs = scoring.needs
-    direction, truncated, method = run_alone(resources, _direction_task, scoring, gold, needs=needs)
+    direction, truncated = run_alone(resources, _direction_task, scoring, gold, needs=needs)
     shared = ray.put(direction)
-    shards = shard(conflicts, settings.workers)
+    shards = shard(conflicts, scoring.config.impact.workers)
     tasks = [
         start_alone(
             resources, _shard_task, scoring, [conflicts[i] for i in places], shared, needs=needs
@@ -162,13 +161,12 @@ def score_on_cluster(
             raw[i] = value
         done += len(places)
         progress(done, len(conflicts))
-    return _summary(conflicts, gold, raw, truncated, settings, method)
+    return _summary(conflicts, gold, raw, truncated, scoring.config.impact)
 
 
-def _direction_task(scoring: Scoring, gold: Sequence[GoldPair]) -> tuple[Params, set[str], str]:
+def _direction_task(scoring: Scoring, gold: Sequence[GoldPair]) -> tuple[Params, set[str]]:
     scorer = scoring.load()
-    direction = {name: g.cpu() for name, g in scorer.direction(gold).items()}
-    return direction, scorer.truncated, scorer.method
+    return {name: g.cpu() for name, g in scorer.direction(gold).items()}, scorer.truncated
 
 
 def _shard_task(
@@ -217,12 +215,12 @@ def _summary(
     raw: Sequence[float],
     truncated: set[str],
     settings: ImpactConfig,
-    method: str,
 ) -> ScoreSummary:
     """Turn the raw scores of ALL conflicts into weights."""
     import torch
 
     from trace_ray.core.impact import weights
+    from trace_ray.models.scorer import chosen_method
 
     bad = [c.pair_id for c, score in zip(conflicts, raw, strict=True) if not math.isfinite(score)]
     if bad:
@@ -243,6 +241,6 @@ def _summary(
         found.share_clamped,
         found.effective_sample_size,
         found.fallback_uniform,
-        method,
+        chosen_method(settings),
         len(truncated),
     )
