@@ -321,7 +321,7 @@ def test_an_alias_moved_by_hand_stops_the_rest_in_words(gated):
 def live(fleet, name, candidate_complies, /, n=400, number=0, **more):
     """Write a finished file of the endpoint's records: both arms of one model, in turn."""
     registry = Registry(default_uri(fleet / "storage"))
-    arms = [each.tags["adapter_id"] for each in registry.versions(f"trace-{name}")]
+    arms = [each.tags["adapter_id"] for each in registry.versions(f"trace-{name}")[:2]]
     rows = []
     for i in range(n):
         for arm, complies in zip(arms, (i % 10 > 0, candidate_complies(i)), strict=True):
