@@ -308,7 +308,7 @@ def test_the_run_has_its_page_and_a_bundle_for_auditors(realigned, tmp_path):
     for words in (["export", realigned / "realign.yaml", bundle], ["verify", bundle]):
         done = here("audit", *words)
         assert done.returncode == 0, done.stderr
-    assert "2 gate decisions made again alike" in done.stdout
+    assert "2 gate decisions and 0 of live traffic made again alike" in done.stdout
 
 
 def assert_no_work(folder, before, report):
