@@ -192,6 +192,15 @@ def test_a_decision_that_its_live_evidence_does_not_lead_to_is_found(fleet, tmp_
     assert "record 4 (promote): its tests don't let the candidate through" in done.output
 
 
+def test_a_part_that_claims_to_be_encrypted_is_refused(bundle, tmp_path):
+    raw = bytearray(bundle.read_bytes())
+    with zipfile.ZipFile(bundle) as archive:
+        raw[archive.start_dir + 8] |= 1  # a flag of the first entry in the central directory
+    (tmp_path / "damaged.zip").write_bytes(raw)
+    with pytest.raises(AuditError, match="is not a whole zip file: .*encrypted"):
+        verify_bundle(tmp_path / "damaged.zip")
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

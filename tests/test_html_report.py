@@ -119,7 +119,7 @@ def page(tmp_path_factory):
         "unchanged": {"four": "no pair conflicts with the policy"},
         "wall_s": 12.0,
     }
-    (at / "report.html").write_text(render(report, at, policy, at / "audit"))
+    (at / "report.html").write_text(render(report, at, policy, AuditLog(at / "audit")))
     return at / "report.html"
 
 

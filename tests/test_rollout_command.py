@@ -32,6 +32,7 @@ from trace_ray.runtime.audit_log import AuditLog
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.records import AdapterRecord
 from trace_ray.runtime.registry import Registry, default_uri
+from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.runtime.webhook import SECRET
 from trace_ray.serve.fleet import serve_config
 
@@ -109,9 +110,13 @@ def gated(fleet):
                 registry.move_alias(f"trace-{name}", AliasMove(alias, now, None))
         for alias, version in OLD.items():
             registry.set_alias(f"trace-{name}", alias, version)
-    Journal(fleet / "storage" / "rollout").done()
+    journal(fleet).done()
     gate(fleet, one="promote", two="promote")
     return fleet
+
+
+def journal(fleet):
+    return Journal(FolderFiles(fleet / "storage" / "rollout"))
 
 
 def gate(fleet, **verdicts):
@@ -245,7 +250,7 @@ def test_forced_with_its_reason(gated):
 
 
 def test_one_operator_at_a_time(gated):
-    with Journal(gated / "storage" / "rollout").locked("ana"):
+    with journal(gated).locked("ana"):
         done = rollout(gated, "promote")
     assert done.exit_code == 2
     assert "another operator is at work (ana on" in done.output
@@ -284,7 +289,7 @@ def test_killed_after_any_step_it_is_finished_once(gated, monkeypatch, step):
         assert rollout(gated, "promote").exit_code == 0
     assert [aliases(gated, name) for name in NAMES] == [NEW, NEW]
     assert len(decisions(gated)) == before + 1
-    assert Journal(gated / "storage" / "rollout").pending() is None
+    assert journal(gated).pending() is None
 
 
 def test_a_real_sigkill_leaves_no_lock_and_serve_finishes(gated):
@@ -430,7 +435,7 @@ def test_a_rollback_by_hand_stops_the_rollout(waves):
     done = rollout(waves, "step")
     assert (done.exit_code, aliases(waves, "two")) == (1, OLD)
     assert "one: its champion is one@1-" in done.output
-    assert LiveSplits(str(waves / "storage")).read() == {}
+    assert LiveSplits(FolderFiles(waves / "storage" / "rollout")).read() == {}
     assert decisions(waves)[-1].what == "rollout-stop"
 
 
@@ -481,7 +486,7 @@ def test_a_registry_that_is_away_does_not_end_the_watch_over_a_candidate(waves, 
 def test_failed_requests_alone_withdraw_a_candidate(waves):
     folder = waves / "storage" / "records"
     folder.mkdir(exist_ok=True)
-    live_now = LiveSplits(str(waves / "storage"))
+    live_now = LiveSplits(FolderFiles(waves / "storage" / "rollout"))
     splits = live_now.read()
     assert splits.keys() == {"one"}  # the second wave's traffic waits
     split = splits["one"]

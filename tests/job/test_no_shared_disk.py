@@ -14,6 +14,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import requests
 import yaml
 from cluster_of_nodes import BIN, can_unshare, cluster, free_port, process, wait_until
 from small_fleet import ROOT, command, make_fleet, trace_ray
@@ -147,6 +148,36 @@ def test_another_machine_sees_it_and_has_nothing_to_do(applied, fleet, s3, nodes
     told = trace_ray("lineage", result_in(s3, "a")["adapter_id"], "--config", fleet, **env)
     assert told.returncode == 0, told.stderr
     assert keys(s3, "trace/a/stages/") == before
+
+
+def test_a_node_that_has_nothing_serves_what_was_realigned(applied, fleet, nodes, s3, tmp_path):
+    """Base, adapter and rollout come out of the bucket and the registry; the records go there."""
+    served = yaml.safe_load(fleet.read_text())
+    served["serve"] = {"compliance": {"mode": "annotate"}, "records": {"rows": 1}}
+    config = fleet.with_name("served.yaml")
+    config.write_text(yaml.safe_dump(served))
+    port, log = free_port(), tmp_path / "serve.log"
+    with process(command("serve", config, "--port", port), log, **nodes.env):
+        wait_until(lambda: "ready: http" in log.read_text(), 240)
+        asked = requests.post(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json={"model": "one", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+            timeout=60,
+        )
+        assert asked.status_code == 200, asked.text
+        assert asked.headers["x-trace-ray-adapter"] == result_in(s3, "a")["adapter_id"]
+        assert asked.json()["compliance"]["verdicts"][0]["label"] in ("complies", "violates")
+        ready = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=30).json()
+        assert (ready["status"], ready["registry"]["problem"]) == ("ok", ""), ready
+        wait_until(lambda: keys(s3, "trace/a/records/"))
+    cluster_is_left_as_it_was(nodes)
+
+
+def cluster_is_left_as_it_was(nodes):
+    done = subprocess.run(
+        [str(BIN / "serve"), "status"], env=os.environ | nodes.env, capture_output=True, text=True
+    )
+    assert "RUNNING" not in done.stdout
 
 
 @pytest.mark.skipif(not KILLS, reason="set TRACE_RAY_NODE_KILLS: a kill takes minutes")

@@ -28,7 +28,7 @@ def append_some(folder):
 def test_append_and_verify(log):
     assert log.verify().records == 3
     assert [record.evidence["n"] for record in log.records()] == [0, 1, 2]
-    done = CliRunner().invoke(app, ["audit", "verify", str(log.folder)])
+    done = CliRunner().invoke(app, ["audit", "verify", str(log.files.folder)])
     assert (done.exit_code, "3 records, unbroken" in done.output) == (0, True)
 
 
@@ -39,7 +39,7 @@ def test_concurrent_writers(tmp_path):
 
 
 def test_tampering_is_found(log):
-    path = log.folder / CHAIN
+    path = log.files.folder / CHAIN
     lines = path.read_text().splitlines(keepends=True)
     edited = lines[1].replace('"ana"', '"bob"')
     for broken in (
@@ -52,18 +52,18 @@ def test_tampering_is_found(log):
         path.write_text("".join(broken))
         with pytest.raises(AuditError, match=CHAIN):
             log.verify()
-        done = CliRunner().invoke(app, ["audit", "verify", str(log.folder)])
+        done = CliRunner().invoke(app, ["audit", "verify", str(log.files.folder)])
         assert done.exit_code == 2
         with pytest.raises(AuditError):
             log.append("promote", {}, {})
     path.write_text("".join(lines))
-    (log.folder / HEAD).unlink()
+    (log.files.folder / HEAD).unlink()
     with pytest.raises(AuditError, match="missing"):
         log.verify()
 
 
 def test_a_torn_last_line_is_refused_with_advice(log):
-    path = log.folder / CHAIN
+    path = log.files.folder / CHAIN
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"number": 3, "prev')
     with pytest.raises(AuditError, match="delete that line"):
@@ -73,9 +73,9 @@ def test_a_torn_last_line_is_refused_with_advice(log):
 
 
 def test_a_writer_killed_before_the_head(log):
-    head = (log.folder / HEAD).read_text()
+    head = (log.files.folder / HEAD).read_text()
     log.append("rollback", {}, {})
-    (log.folder / HEAD).write_text(head)
+    (log.files.folder / HEAD).write_text(head)
     assert log.verify().records == 4
     assert log.append("promote", {}, {}).number == 4
 
@@ -92,7 +92,7 @@ def test_a_signed_head(tmp_path, monkeypatch):
 
 
 def test_a_chain_cut_to_its_first_record_or_to_nothing(log):
-    path = log.folder / CHAIN
+    path = log.files.folder / CHAIN
     for lines in (path.read_text().splitlines(keepends=True)[:1], []):
         path.write_text("".join(lines))
         with pytest.raises(AuditError, match="3 records were written"):

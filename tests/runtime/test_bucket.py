@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import boto3
@@ -11,10 +13,12 @@ import yaml
 
 from trace_ray.config import load_config
 from trace_ray.data.s3 import S3Access
-from trace_ray.errors import ConfigError, StateError
+from trace_ray.errors import AuditError, BusyError, ConfigError, StateError
+from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog
 from trace_ray.runtime.bucket import Bucket, up_to_date
 from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.runtime.fleet_lock import LOCK, FleetLock
+from trace_ray.runtime.journal import operators_lock
 from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.state_files import BucketFiles
 from trace_ray.runtime.store import Store
@@ -144,24 +148,24 @@ def test_records_are_kept_and_come_back(bucket, client):
     with up_to_date(bucket):
         for name in (
             "runs/r1/report.json",
-            "audit/chain.jsonl",
+            "lineage/chain.jsonl",
             "stages/train/k/x",
             "runs/.draft/x",
         ):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(name)
         (root / "latest").symlink_to("runs/r1")
-    assert keys(client, bucket) == {"runs/r1/report.json", "audit/chain.jsonl", "latest"}
+    assert keys(client, bucket) == {"runs/r1/report.json", "lineage/chain.jsonl", "latest"}
     shutil.rmtree(root)
     with up_to_date(bucket):
         assert (root / "latest" / "report.json").read_text() == "runs/r1/report.json"
-        (root / "audit/chain.jsonl").write_text("longer than before")
+        (root / "lineage/chain.jsonl").write_text("longer than before")
         (root / "runs/r1/report.json").unlink()  # lost, not meant
     assert len(keys(client, bucket)) == 3
     with up_to_date(bucket):
         assert (root / "runs/r1/report.json").exists()
     assert (
-        client.get_object(Bucket="acme-storage", Key=bucket.place(root / "audit/chain.jsonl"))[
+        client.get_object(Bucket="acme-storage", Key=bucket.place(root / "lineage/chain.jsonl"))[
             "Body"
         ].read()
         == b"longer than before"
@@ -169,25 +173,25 @@ def test_records_are_kept_and_come_back(bucket, client):
 
 
 def test_records_that_the_bucket_lost_are_sent_again(bucket, client):
-    file = Path(bucket.root, "audit", "chain.jsonl")
+    file = Path(bucket.root, "lineage", "chain.jsonl")
     with up_to_date(bucket):
         file.parent.mkdir(parents=True)
         file.write_text("1")
     bucket.remove(file)
     with up_to_date(bucket):
         assert file.read_text() == "1"
-    assert keys(client, bucket) == {"audit/chain.jsonl"}
+    assert keys(client, bucket) == {"lineage/chain.jsonl"}
 
 
 def test_a_file_changed_on_two_machines_is_kept_twice(bucket):
     root = Path(bucket.root)
     with up_to_date(bucket):
-        (root / "audit").mkdir(parents=True)
-        (root / "audit/chain.jsonl").write_text("both\n")
-    (root / "audit/chain.jsonl").write_text("both\nhere\n")
-    bucket.write(root / "audit/chain.jsonl", b"both\nthere\n")
+        (root / "lineage").mkdir(parents=True)
+        (root / "lineage/chain.jsonl").write_text("both\n")
+    (root / "lineage/chain.jsonl").write_text("both\nhere\n")
+    bucket.write(root / "lineage/chain.jsonl", b"both\nthere\n")
     bucket.bring()
-    here, there = sorted((root / "audit").iterdir(), key=lambda path: -len(path.name))
+    here, there = sorted((root / "lineage").iterdir(), key=lambda path: -len(path.name))
     assert (here.read_text(), there.read_text()) == ("both\nhere\n", "both\nthere\n")
 
 
@@ -200,6 +204,49 @@ def test_verdicts_of_a_worker_are_there_for_the_next_one(bucket):
     (found,) = known.get("p" * 64, ["00000000000000aa"])
     assert found is not None
     assert found.p_violate == pytest.approx(0.9)
+
+
+def append_some(bucket, machine):
+    files = BucketFiles(bucket, Path(bucket.root, "audit"))
+    for n in range(5):
+        AuditLog(files).append("promote", {}, {"machine": machine, "n": n})
+
+
+def test_an_audit_chain_that_several_machines_write_at_once_loses_nothing(bucket):
+    machines = [replace(bucket, root=f"{bucket.root}-{n}") for n in range(4)]
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        list(pool.map(append_some, machines, range(4)))
+    log = AuditLog(BucketFiles(bucket, Path(bucket.root, "audit")))
+    assert log.verify().records == 20
+    assert json.loads(log.files.read(HEAD))["records"] == 20
+    said = [(record.evidence["machine"], record.evidence["n"]) for record in log.records()]
+    assert sorted(said) == [(machine, n) for machine in range(4) for n in range(5)]
+    assert not Path(bucket.root, "audit", CHAIN).exists(), "the chain is in the bucket alone"
+
+
+def test_an_audit_chain_in_a_bucket_that_was_cut_off_is_found(bucket):
+    files = BucketFiles(bucket, Path(bucket.root, "audit"))
+    log = AuditLog(files)
+    for n in range(2):
+        log.append("promote", {}, {"n": n})
+    files.write(CHAIN, files.read(CHAIN).splitlines(keepends=True)[0])
+    with pytest.raises(AuditError, match=r"s3://acme-storage/.*2 records were written, 1 are left"):
+        log.verify()
+
+
+def test_operators_of_two_machines_wait_for_each_other(bucket, monkeypatch):
+    files = BucketFiles(bucket, Path(bucket.root, "rollout"))
+    monkeypatch.setattr("trace_ray.runtime.fleet_lock.SILENCE_S", 0.5)
+    with operators_lock(files, ".lock", "ana"):
+        with pytest.raises(BusyError, match="another operator is at work .* on "):
+            operators_lock(files, ".lock", "bob").__enter__()
+        with operators_lock(files, ".waves.lock", "bob"):
+            pass
+    assert files.read(".lock") is None
+    gone = {"host": "elsewhere", "pid": 1, "born": "1", "user": "cy", "since": "", "token": "t"}
+    files.write(".lock", json.dumps(gone))
+    with operators_lock(files, ".lock", "bob"):  # silent for half a second
+        assert "elsewhere" not in files.read(".lock")
 
 
 def test_one_holder_at_a_time(bucket):
@@ -282,12 +329,9 @@ def test_a_config_names_bucket_or_folder(tmp_path, monkeypatch):
     config = load_config(config_with(tmp_path, storage="s3://acme/trace/"))
     assert config.bucket == "s3://acme/trace"
     assert Path(config.storage).parent == tmp_path / "cache"
-    with pytest.raises(ConfigError, match=r"serving needs a folder .*TRACE_RAY_STORAGE"):
-        config.require_folder("serving")
     monkeypatch.setenv("TRACE_RAY_STORAGE", str(tmp_path / "folder"))
     config = load_config(tmp_path / "fleet.yaml")
     assert (config.bucket, config.storage) == (None, str(tmp_path / "folder"))
-    config.require_folder("serving")
 
 
 def test_other_places_are_refused(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from trace_ray.config.serve import Records
 from trace_ray.core.live import summarise
 from trace_ray.core.sequential import SequentialState
 from trace_ray.core.waves import WaveState
+from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.serve.dashboard import LiveData, page
 from trace_ray.serve.records import RecentRecords, RecordWriter
 from trace_ray.serve.table import NameTable
@@ -168,7 +169,7 @@ def test_a_rollout_of_an_earlier_version_has_no_interval_and_a_damaged_one_is_to
 
     def gathered(text: str) -> dict[str, Any]:
         path.write_text(text)
-        live = LiveData(None, str(tmp_path), {}, lambda: (NameTable(), None))
+        live = LiveData(None, FolderFiles(path.parent), {}, lambda: (NameTable(), None))
         return json.loads(asyncio.run(live.json()))
 
     found = gathered(json.dumps(state))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, exits_cleanly, storage_of
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly
 
 app = typer.Typer(help="The tamper-evident log of decisions.", no_args_is_help=True)
 
@@ -25,8 +24,9 @@ def verify(
 ) -> None:
     """Check that no record of the audit chain was edited, dropped, reordered or cut off."""
     with exits_cleanly():
+        from trace_ray.config import load_config
         from trace_ray.rollout.audit_export import verify_bundle
-        from trace_ray.runtime.audit_log import AuditLog, audit_folder
+        from trace_ray.runtime.audit_log import AuditLog, audit_of
 
         if public_key is not None or target.suffix == ".zip" or zipfile.is_zipfile(target):
             bundle = verify_bundle(target, public_key)
@@ -36,11 +36,10 @@ def verify(
                 f"again alike; {bundle.signed}"
             )
             return
-        with nullcontext() if target.is_dir() else storage_of(target):
-            folder = target if target.is_dir() else audit_folder(target)
-            chain = AuditLog(folder).verify()
+        log = AuditLog(target) if target.is_dir() else audit_of(load_config(target))
+        chain = log.verify()
         signed = "signed head" if chain.signed else "head not signed"
-        typer.echo(f"{folder}: {chain.records} records, unbroken, {signed}")
+        typer.echo(f"{log.where}: {chain.records} records, unbroken, {signed}")
 
 
 @app.command("export")

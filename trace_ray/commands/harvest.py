@@ -20,11 +20,14 @@ def harvest_command(
     """Turn recorded violations and people's edits into preference rows for the next realignment."""
     with exits_cleanly():
         from trace_ray.config import load_config
+        from trace_ray.runtime.bucket import Bucket
         from trace_ray.serve.harvest import harvest
         from trace_ray.serve.records import FOLDER
 
         fleet = load_config(config)
-        fleet.require_folder("harvesting")
-        counts = harvest(Path(fleet.storage, FOLDER), out)
+        records = Path(fleet.storage, FOLDER)
+        if (bucket := Bucket.of(fleet)) is not None:
+            bucket.pull_new(records)
+        counts = harvest(records, out)
         said = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         typer.echo(f"{out}: {said or 'nothing to learn from'}")

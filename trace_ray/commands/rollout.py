@@ -100,8 +100,8 @@ def step(
     every: Annotated[float, typer.Option(help="Repeat after so many seconds; 0 = once.")] = 0,
 ) -> None:
     """Take in the live records that came since, and promote or withdraw; exit 1 once withdrawn."""
-    with exits_cleanly():
-        from trace_ray.errors import BusyError, RegistryError
+    with exits_cleanly(config):
+        from trace_ray.errors import BusyError, RegistryError, StateError
         from trace_ray.rollout.events import telling
         from trace_ray.rollout.waves import WaveRollout
 
@@ -110,10 +110,10 @@ def step(
             while True:
                 try:
                     state = _stepped(rollout, tell)
-                except (RegistryError, BusyError) as error:
+                except (RegistryError, BusyError, StateError) as error:
                     if not every:
                         raise
-                    # A registry that is away must not end the watch over a candidate.
+                    # A registry or a bucket that is away must not end the watch over a candidate.
                     typer.echo(f"{error}; tried again in {every:g} s", err=True)
                     if not lost:
                         tell("rollout.waiting", {"error": str(error)})
@@ -198,7 +198,7 @@ def report(
     run: Annotated[str | None, typer.Option(help="Run id; the newest if left out.")] = None,
 ) -> None:
     """Write a run's page anew, with the decisions since; apply writes the first."""
-    with exits_cleanly():
+    with exits_cleanly(config):
         from trace_ray.rollout.html_report import write_html
 
         typer.echo(write_html(str(config), run))

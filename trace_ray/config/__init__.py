@@ -195,18 +195,6 @@ class FleetConfig(Section):
         """``s3://bucket/prefix`` of a storage that is no folder."""
         return self._bucket
 
-    def require_folder(self, doing: str) -> None:
-        """Refuse a storage in a bucket for what an endpoint and operators do at once.
-
-        Raises:
-            ConfigError: it is one.
-        """
-        if self.bucket is not None:
-            raise ConfigError(
-                f"storage: {self.bucket}: {doing} needs a folder that the endpoint's nodes and the "
-                "operators see: set TRACE_RAY_STORAGE to one (adapters come from the registry)"
-            )
-
     @property
     def objective(self) -> str:
         """The objective all models of the fleet share."""

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trace_ray.config import ModelConfig
@@ -183,9 +182,9 @@ def all_failed(failed: dict[str, str], config: str) -> TraceRayError:
 
 def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
     """Add what the run made to the audit chain; a run that made nothing new adds nothing."""
-    from trace_ray.runtime.audit_log import AuditLog
+    from trace_ray.runtime.audit_log import audit_of
 
-    log = AuditLog(Path(inputs.store.root, "audit"))
+    log = audit_of(inputs.config)
     models = report["models"]
     digests = {f"adapter:{model['name']}": model["adapter_sha256"] for model in models}
     digests |= {"policy": inputs.policy.digest, "data": inputs.data_digest}

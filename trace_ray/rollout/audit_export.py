@@ -24,9 +24,9 @@ from trace_ray.rollout.html_report import HTML
 from trace_ray.rollout.plan import load_policy
 from trace_ray.rollout.report import REPORT, VERDICTS
 from trace_ray.rollout.second_judge import same_judge
-from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog, parse_chain, parse_head
+from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog, audit_of, parse_chain, parse_head
 from trace_ray.runtime.bundle import read_bundle, write_bundle
-from trace_ray.runtime.store import read_rows, stream_rows
+from trace_ray.runtime.store import Store, read_rows, stream_rows
 
 SAMPLE = 200
 """Verdicts kept in a bundle: those whose pairs' digests are smallest, so that nobody picks them."""
@@ -58,7 +58,7 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
         AuditError: no such run, a broken chain, or the policy file is not the run's.
     """
     config = load_config(config_path)
-    storage = Path(config.storage)
+    store, storage = Store.of(config), Path(config.storage)
     run = storage / "runs" / run_id if run_id else (storage / "latest").resolve()
     if not (run / REPORT).is_file():
         raise AuditError(f"{run}: holds no {REPORT}; run 'trace-ray apply {config_path}' first")
@@ -68,7 +68,7 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
             f"{config.policy}: is not the policy of run {report['run_id']} "
             f"(digest {report['policy']['digest'][:16]}); put that version back, or name another --run"
         )
-    log = AuditLog(storage / "audit")
+    log = audit_of(config)
     records = log.records()
     files = {
         "policy.yaml": Path(config.policy).read_bytes(),
@@ -89,8 +89,9 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
         files["verdicts.jsonl"] = _lines(verdicts)
     for model in report["models"]:
         if answers := model.get("answers_path"):
-            files[f"gate/{model['name']}/answers.jsonl"] = _lines(read_rows(Path(answers)))
-            if (outcomes := Path(answers).with_name(OUTCOMES)).is_file():
+            answers = store.here(answers)
+            files[f"gate/{model['name']}/answers.jsonl"] = _lines(read_rows(answers))
+            if (outcomes := answers.with_name(OUTCOMES)).is_file():
                 files[f"gate/{model['name']}/{OUTCOMES}"] = outcomes.read_bytes()
     about = {"format": 1, "run_id": report["run_id"], "version": __version__}
     return write_bundle(out, files, about)

@@ -9,23 +9,25 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trace_ray.config import load_config
+from trace_ray.core.audit import AuditRecord
 from trace_ray.core.checks import violated_clauses
 from trace_ray.core.policy import Policy
 from trace_ray.core.sequential import SequentialConfig, SequentialState, interval
-from trace_ray.errors import DataError
+from trace_ray.errors import DataError, StateError
 from trace_ray.rollout import charts
 from trace_ray.rollout.grading import change, task_means
 from trace_ray.rollout.plan import load_policy, open_registry
 from trace_ray.rollout.report import REPORT, TRIAGED
 from trace_ray.rollout.second_judge import warning
-from trace_ray.runtime.audit_log import AuditLog
-from trace_ray.runtime.store import read_rows, stream_rows, write_text
+from trace_ray.runtime.audit_log import AuditLog, audit_of
+from trace_ray.runtime.store import Store, read_rows, stream_rows, write_text
 from trace_ray.runtime.train import HISTORY
 from trace_ray.types import EvalPrompt
 
@@ -52,13 +54,17 @@ def write_html(config_path: str, run_id: str | None = None) -> Path:
         DataError: no such run.
     """
     config = load_config(config_path)
-    storage = Path(config.storage)
+    store, storage = Store.of(config), Path(config.storage)
     run = storage / "runs" / run_id if run_id else (storage / "latest").resolve()
     if not (run / REPORT).is_file():
         raise DataError(f"{run}: holds no {REPORT}; run 'trace-ray apply {config_path}' first")
     report = json.loads((run / REPORT).read_text())
+    for model in report["models"]:
+        if answers := model.get("answers_path"):
+            with suppress(StateError):  # of a run so old that its stages are gone
+                store.here(answers)
     policy = load_policy(config.policy)
-    page = render(report, run, policy, storage / "audit")
+    page = render(report, run, policy, audit_of(config))
     path = run / HTML
     if not path.is_file() or path.read_text() != page:
         write_text(path, page)
@@ -68,14 +74,14 @@ def write_html(config_path: str, run_id: str | None = None) -> Path:
     return path
 
 
-def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) -> str:
+def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: AuditLog) -> str:
     """Return the page.
 
     Args:
         report: the run's report.
         run: its folder.
         policy: its policy; of another version, the clauses are left out.
-        audit: folder of the audit chain.
+        audit: the fleet's chain.
     """
     models = report["models"]
     answers = {
@@ -94,7 +100,7 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: Path) ->
         "retained": [model for model in models if model["retention"]],
         "scorecard": _scorecard(policy, models, answers) if is_policy and answers else None,
         "changed": [(name, _most_changed(rows)) for name, rows in answers.items()],
-        "decisions": _decisions(audit),
+        "decisions": _decisions(audit.records()),
         "charts": {
             "agreement": _agreement(models),
             "flow": _flow(report["triage"]) if report["triage"] else None,
@@ -262,9 +268,9 @@ def _cut(text: str) -> str:
     return text if left_out <= 0 else f"{text[:MAX_SHOWN]}… ({left_out} more characters)"
 
 
-def _decisions(audit: Path) -> list[dict[str, Any]]:
+def _decisions(records: Sequence[AuditRecord]) -> list[dict[str, Any]]:
     rows = []
-    for record in AuditLog(audit).records():
+    for record in records:
         lines = []
         for model in record.evidence.get("models", ()):
             gate = model.get("gate")

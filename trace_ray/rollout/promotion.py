@@ -11,7 +11,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import FleetConfig, load_config
@@ -27,10 +26,12 @@ from trace_ray.core.promotion import (
 from trace_ray.errors import ConfigError, RolloutError
 from trace_ray.rollout.plan import open_registry
 from trace_ray.runtime.aliases import WAS_CHAMPION
-from trace_ray.runtime.audit_log import AuditLog, user
-from trace_ray.runtime.journal import Journal
+from trace_ray.runtime.audit_log import audit_of, user
+from trace_ray.runtime.bucket import Bucket
+from trace_ray.runtime.journal import FOLDER, Journal
 from trace_ray.runtime.records import RegisteredVersion
 from trace_ray.runtime.registry import Registry
+from trace_ray.runtime.state_files import state_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,10 +73,11 @@ class Rollouts:
         """
         self.source = config_path
         self.config: FleetConfig = load_config(config_path)
-        self.config.require_folder("a rollout")
         self.registry: Registry = open_registry(self.config)
-        self.audit = AuditLog(Path(self.config.storage, "audit"))
-        self.journal = Journal(Path(self.config.storage, "rollout"))
+        self.audit = audit_of(self.config)
+        self.files = state_files(self.config.storage, Bucket.of(self.config), FOLDER)
+        """Of the rollout: its journal, its state, the operators' locks."""
+        self.journal = Journal(self.files)
 
     def promote(
         self,

@@ -39,8 +39,9 @@ from trace_ray.core.waves import (
 from trace_ray.errors import ConfigError, DataError, RolloutError
 from trace_ray.rollout.promotion import Rollouts, not_promotable
 from trace_ray.runtime.audit_log import user
+from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.journal import operators_lock
-from trace_ray.runtime.store import write_json
+from trace_ray.runtime.state_files import StateFiles
 from trace_ray.types import Label
 
 STATE, RECORDS = "waves.json", "records"
@@ -81,8 +82,8 @@ class WaveRollout:
         config = self.rollouts.config
         self.plan = plan_of(config, config_path)
         """What the config asks for; a rollout under way keeps the plan it began with."""
-        self.path = Path(config.storage, "rollout", STATE)
-        self.records = Path(config.storage, RECORDS)
+        self.files = self.rollouts.files
+        self.bucket, self.records = Bucket.of(config), Path(config.storage, RECORDS)
         self.clock = clock
 
     def start(self) -> WaveState:
@@ -229,9 +230,11 @@ class WaveRollout:
 
     def _alone(self) -> AbstractContextManager[None]:
         """Keep other operators off the rollout's state; a step of theirs is waited for."""
-        return operators_lock(self.path.with_name(".waves.lock"), user(), wait_s=WAIT_S)
+        return operators_lock(self.files, ".waves.lock", user(), wait_s=WAIT_S)
 
     def _files(self) -> list[Path]:
+        if self.bucket is not None:
+            self.bucket.pull_new(self.records)
         return sorted(self.records.glob("decisions-*.jsonl"))
 
     def _kept(self) -> dict[str, Any]:
@@ -241,19 +244,17 @@ class WaveRollout:
         return {"plan": self.plan.to_row(), "soaked_to": self.clock()} | kept
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        text = self.files.read(STATE)
+        return None if text is None else json.loads(text)
 
     def _write(self, state: WaveState, kept: dict[str, Any]) -> None:
         plan = WavePlan.from_row(kept["plan"])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         splits = _splits(plan, state, kept.get("id", ""), kept["arms"])
         rows = {model: split.to_row() for model, split in splits.items()}
         now = {"state": state.to_row(), "at": self.clock(), "splits": rows}
         now |= {"test": asdict(plan.test()), "waves": len(plan.waves)}
-        write_json(self.path, kept | now)
+        text = json.dumps(kept | now, indent=2, ensure_ascii=False) + "\n"
+        self.files.write(STATE, text)
 
 
 def _deaf(serve: ServeSection) -> list[str]:
@@ -287,10 +288,10 @@ def _splits(
 class LiveSplits:
     """How a fleet's rollout splits the traffic; its state is parsed where it has changed."""
 
-    def __init__(self, storage: str) -> None:
-        """Take the fleet's storage folder; nothing is read yet."""
-        self._path = Path(storage, "rollout", STATE)
-        self._seen: tuple[int, int, int] | None = None
+    def __init__(self, files: StateFiles) -> None:
+        """Take the files of the fleet's rollout; nothing is read yet."""
+        self._files = files
+        self._text: str | None = None
         self._splits: dict[str, Split] = {}
 
     def read(self) -> dict[str, Split]:
@@ -298,18 +299,18 @@ class LiveSplits:
 
         Raises:
             RolloutError: the state can't be read.
+            StateError: the bucket can't be read.
         """
         try:
-            found = self._path.stat()
-            state = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if state != self._seen:
-                rows = json.loads(self._path.read_text(encoding="utf-8")).get("splits", {})
+            text = self._files.read(STATE)
+            if text is None:
+                return {}
+            if text != self._text:
+                rows = json.loads(text).get("splits", {})
                 self._splits = {model: Split.from_row(row) for model, row in rows.items()}
-                self._seen = state
-        except FileNotFoundError:
-            return {}
+                self._text = text
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RolloutError(f"{self._path}: can't be read: {error}") from None
+            raise RolloutError(f"{self._files.where(STATE)}: can't be read: {error}") from None
         return self._splits
 
 
@@ -325,21 +326,25 @@ class RolloutView:
     test: SequentialConfig | None
 
 
-def read_rollout(storage: Path) -> RolloutView | None:
+def read_rollout(files: StateFiles) -> RolloutView | None:
     """Return where a fleet's rollout stood at its last step; None where none was started.
+
+    Args:
+        files: of the fleet's rollout.
 
     Raises:
         RolloutError: the state can't be read.
+        StateError: the bucket can't be read.
     """
-    path = storage / "rollout" / STATE
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        text = files.read(STATE)
+        if text is None:
+            return None
+        row = json.loads(text)
         test = SequentialConfig(**row["test"]) if "test" in row else None
         return RolloutView(WaveState.from_row(row["state"]), row["at"], row.get("waves"), test)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, TypeError, KeyError, DataError) as error:
-        raise RolloutError(f"{path}: can't be read: {error}") from None
+        raise RolloutError(f"{files.where(STATE)}: can't be read: {error}") from None
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,8 @@
 Every node keeps a copy of the storage under one path, the same on all of them, so paths travel between
 nodes as they are. A finished stage never changes: it goes up once, its record last, and comes down
 whole. The small folders that do change (``KEPT``) are brought up to date before a command and sent back
-after it; the lock and the journal are read and written in the bucket itself (``runtime.state_files``).
+after it; locks, journals, the audit chain and the rollout's state are read and written in the bucket
+itself (``runtime.state_files``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trace_ray.data.s3 import SCHEME, S3Access, explained
 from trace_ray.data.shards import drafted
 from trace_ray.errors import StateError
 
-KEPT = ("verdicts", "audit", "lineage", "policies", "runs", "rollout")
+KEPT = ("verdicts", "lineage", "policies", "runs")
 """Folders of a storage, beside its stages, that outlive a command."""
 LATEST = "latest"
 _PRUNED = "verdicts/"
@@ -104,6 +105,11 @@ class Bucket:
             if not file.exists():
                 self._fetch(key, file)
 
+    def names(self, folder: Path) -> set[str]:
+        """Return the names of the files right in a folder."""
+        keys = (key[len(self.place(folder)) :].lstrip("/") for key, _ in self._under(folder))
+        return {key for key in keys if "/" not in key}
+
     def remove(self, path: str | Path) -> None:
         """Remove a file, or a folder with all it holds, from the bucket."""
         with self._told():
@@ -147,8 +153,8 @@ class Bucket:
                 raise
         return True
 
-    def bring(self) -> None:
-        """Bring the copy's ``KEPT`` folders up to date.
+    def bring(self) -> str:
+        """Bring the copy's ``KEPT`` folders up to date; return what ``latest`` leads to.
 
         A file that was changed here, by a command that was killed, and elsewhere since then stays
         beside the other one as ``<name>.here-<time>``.
@@ -170,9 +176,18 @@ class Bucket:
         found = self.read(Path(self.root, LATEST))
         if found is not None:
             _point(Path(self.root, LATEST), found[0].decode())
+        return self._latest()
 
-    def send(self) -> None:
-        """Send what changed in the copy's ``KEPT`` folders since they were brought."""
+    def _latest(self) -> str:
+        latest = Path(self.root, LATEST)
+        return os.readlink(latest) if latest.is_symlink() else ""
+
+    def send(self, latest: str = "") -> None:
+        """Send what changed in the copy's ``KEPT`` folders since they were brought.
+
+        Args:
+            latest: as it was brought; another command may have moved it since.
+        """
         seen = self._seen()
         files = [
             file
@@ -187,9 +202,8 @@ class Bucket:
         gone = {name for name in seen.keys() - names.keys() if name.startswith(_PRUNED)}
         for name in gone:
             self.remove(Path(self.root, name))
-        latest = Path(self.root, LATEST)
-        if latest.is_symlink():
-            self.write(latest, os.readlink(latest).encode())
+        if (now := self._latest()) != latest:
+            self.write(Path(self.root, LATEST), now.encode())
         etags = self._kept() if changed else {}
         sent = {n: [etags.get(n, ""), *_stamp(file)] for n, file in changed.items()}
         self._see({name: state for name, state in seen.items() if name not in gone} | sent)
@@ -277,11 +291,11 @@ def up_to_date(bucket: Bucket | None) -> Iterator[None]:
     if bucket is None:
         yield
         return
-    bucket.bring()
+    latest = bucket.bring()
     try:
         yield
     except BaseException:
         with suppress(StateError):  # what went wrong in the block is what counts
-            bucket.send()
+            bucket.send(latest)
         raise
-    bucket.send()
+    bucket.send(latest)

@@ -118,9 +118,11 @@ def _unpack(path: Path) -> dict[str, bytes]:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
                 raise AuditError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB")
             return {name: archive.read(name) for name in names}
+    except AuditError:
+        raise
     except OSError as error:
         raise AuditError(f"{path}: can't be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise AuditError(f"{path}: is not a whole zip file: {error}") from None
 
 

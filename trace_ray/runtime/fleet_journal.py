@@ -20,7 +20,7 @@ from trace_ray.errors import StateError
 from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.fleet_lock import LOCK, FleetLock, Holder, now, user_name
 from trace_ray.runtime.progress import FLEET, Event, Line
-from trace_ray.runtime.state_files import BucketFiles, FolderFiles, StateFiles
+from trace_ray.runtime.state_files import StateFiles, state_files
 
 JOURNAL, CANCEL = "journal.json", "cancel.json"
 VERSION = 1
@@ -107,9 +107,8 @@ class FleetState:
     @classmethod
     def of(cls, config: FleetConfig) -> FleetState:
         """Return the state of a config's fleet."""
-        folder = Path(config.storage, "state", config.tracking.registry_prefix)
-        bucket = Bucket.of(config)
-        return cls(FolderFiles(folder) if bucket is None else BucketFiles(bucket, folder))
+        folder = f"state/{config.tracking.registry_prefix}"
+        return cls(state_files(config.storage, Bucket.of(config), folder))
 
     @property
     def lock(self) -> FleetLock:

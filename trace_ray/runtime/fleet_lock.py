@@ -80,7 +80,7 @@ def _born(pid: int) -> str | None:
 
 
 class Silence:
-    """Whether the holder of a fleet is dead, for somebody who looks again and again."""
+    """Whether the holder of a lock is dead, for somebody who looks again and again."""
 
     def __init__(self, files: StateFiles):
         self.files = files
@@ -95,16 +95,28 @@ class Silence:
         return time.monotonic() - self.since > SILENCE_S
 
 
+class HeldError(StateError):
+    """Somebody else holds the lock."""
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message, holder)
+        self.holder = holder
+        """Who."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class FleetLock:
     """The lock among the files of a fleet's state."""
 
-    def __init__(self, files: StateFiles):
-        self.files = files
+    def __init__(self, files: StateFiles, name: str = LOCK):
+        self.files, self.name = files, name
         self.mine: Holder | None = None
 
     def holder(self) -> Holder | None:
         """Return who holds the fleet now, if anybody."""
-        return self._holder_of(self.files.read(LOCK))
+        return self._holder_of(self.files.read(self.name))
 
     def _holder_of(self, text: str | None) -> Holder | None:
         if text is None:
@@ -113,7 +125,7 @@ class FleetLock:
             return Holder(**json.loads(text))
         except (ValueError, TypeError):
             raise StateError(
-                f"{self.files.where(LOCK)}: is not a lock file; look who runs the fleet, then delete it"
+                f"{self.files.where(self.name)}: is no lock file; look who runs the fleet, then delete it"
             ) from None
 
     def acquire(self, *, force: bool = False) -> str | None:
@@ -125,19 +137,20 @@ class FleetLock:
             force: take it from whoever holds it.
 
         Raises:
-            StateError: somebody else holds it, with the name.
+            HeldError: somebody else holds it, with the name.
         """
         silent = None if force else self._silent_holder()
         with self.files.guarded():
-            text, note = self.files.read(LOCK), None
+            text, note = self.files.read(self.name), None
             other = self._holder_of(text)
             if other is not None:
                 gone = other.is_gone or other == silent
                 if not force and not gone:
-                    where = self.files.where(LOCK)
-                    raise StateError(
+                    where = self.files.where(self.name)
+                    raise HeldError(
                         f"the fleet is held by {other} ({where}): wait for it, stop it with "
-                        "'trace-ray cancel', or, if that process is gone, add --force-unlock"
+                        "'trace-ray cancel', or, if that process is gone, add --force-unlock",
+                        str(other),
                     )
                 why = "its process is gone" if gone else "--force-unlock"
                 note = f"took the fleet over from {other}: {why}"
@@ -145,12 +158,13 @@ class FleetLock:
             written = json.dumps(asdict(mine), indent=2) + "\n"
             # Of several that find the same holder gone, one replaces it.
             taken = (
-                self.files.create(LOCK, written)
+                self.files.create(self.name, written)
                 if text is None
-                else self.files.replace(LOCK, text, written)
+                else self.files.replace(self.name, text, written)
             )
             if not taken:
-                raise StateError(f"the fleet was taken by {self.holder()} just now")
+                holder = str(self.holder() or "somebody")
+                raise HeldError(f"the fleet was taken by {holder} just now", holder)
             self.mine = mine
             return note
 
@@ -159,10 +173,10 @@ class FleetLock:
         other = self.holder()
         if other is None or other.host == socket.gethostname():
             return None
-        first, waited_from = self.files.touched(LOCK), time.monotonic()
+        first, waited_from = self.files.touched(self.name), time.monotonic()
         while time.monotonic() - waited_from < SILENCE_S:
             time.sleep(min(1.0, SILENCE_S / 10))
-            if self.files.touched(LOCK) != first:
+            if self.files.touched(self.name) != first:
                 return None
         return other
 
@@ -175,7 +189,7 @@ class FleetLock:
             while not ended.wait(BEAT_S):
                 with contextlib.suppress(OSError, StateError):  # storage that is away for a moment
                     if self.is_mine():
-                        self.files.touch(LOCK)
+                        self.files.touch(self.name)
 
         thread = threading.Thread(target=beat, name="fleet-lock", daemon=True)
         thread.start()
@@ -193,5 +207,5 @@ class FleetLock:
         """Give the lock up, if it is still held."""
         with self.files.guarded():
             if self.is_mine():
-                self.files.remove(LOCK)
+                self.files.remove(self.name)
         self.mine = None

@@ -19,67 +19,95 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.errors import BusyError, RolloutError
-from trace_ray.runtime.store import write_json
+from trace_ray.runtime.fleet_lock import FleetLock, HeldError
+from trace_ray.runtime.state_files import FolderFiles, StateFiles
 
 JOURNAL, LOCK = "journal.json", ".lock"
+FOLDER = "rollout"
+"""Under ``storage``."""
 
 
 class Journal:
-    """The journal of one fleet: a folder, and the operators' lock in it."""
+    """The journal of one fleet: among the files of its rollout, as the operators' lock."""
 
-    def __init__(self, folder: Path) -> None:
-        """Use a folder; it is made by the first change."""
-        self.folder = Path(folder)
-
-    @property
-    def path(self) -> Path:
-        """The journal's file; it exists while a change is under way or was cut short."""
-        return self.folder / JOURNAL
+    def __init__(self, files: StateFiles) -> None:
+        """Use these files; they are made by the first change."""
+        self.files = files
 
     def locked(self, user: str) -> contextlib.AbstractContextManager[None]:
         """Hold the operators' lock; BusyError where another process holds it."""
-        return operators_lock(self.folder / LOCK, user)
+        return operators_lock(self.files, LOCK, user)
 
     def pending(self) -> dict[str, Any] | None:
         """Return the change that was written down and not finished."""
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+            text = self.files.read(JOURNAL)
+            return None if text is None else json.loads(text)
         except (OSError, ValueError):
             raise RolloutError(
-                f"{self.path}: can't be read; look at 'trace-ray rollout status', mend the aliases "
-                "by hand if they differ between models, then delete the file"
+                f"{self.files.where(JOURNAL)}: can't be read; look at 'trace-ray rollout status', mend "
+                "the aliases by hand if they differ between models, then delete the file"
             ) from None
 
     def begin(self, change: dict[str, Any]) -> None:
-        """Write a change down; on disk before this returns."""
-        write_json(self.path, change)
-        for path in (self.path, self.folder):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        """Write a change down; kept, through a power cut too, before this returns."""
+        text = json.dumps(change, indent=2, ensure_ascii=False) + "\n"
+        self.files.write(JOURNAL, text, durable=True)
 
     def done(self) -> None:
         """Forget the change: all its steps were done."""
-        self.path.unlink(missing_ok=True)
+        self.files.remove(JOURNAL)
 
 
-@contextlib.contextmanager
-def operators_lock(path: Path, user: str, wait_s: float = 0) -> Iterator[None]:
+def operators_lock(
+    files: StateFiles, name: str, user: str, wait_s: float = 0
+) -> contextlib.AbstractContextManager[None]:
     """Hold a lock file; it is free again when the process ends, however it ends.
 
+    In a bucket that is found out by other hosts after a minute of silence (``fleet_lock``).
+
     Args:
-        path: of the lock file; its folder is made.
+        files: where it is; their folder is made.
+        name: of the lock file.
         user: who holds it, for those who are refused.
         wait_s: how long to wait for another holder.
 
     Raises:
         BusyError: another process holds it, and did for ``wait_s``.
         RolloutError: the folder can't be used.
+        StateError: the bucket can't be used.
     """
+    if isinstance(files, FolderFiles):
+        return _host_lock(files.folder / name, user, wait_s)
+    return _leased(files, name, wait_s)
+
+
+@contextlib.contextmanager
+def _leased(files: StateFiles, name: str, wait_s: float) -> Iterator[None]:
+    lock, deadline = FleetLock(files, name), time.monotonic() + wait_s
+    while True:
+        try:
+            lock.acquire()
+            break
+        except HeldError as error:
+            if time.monotonic() > deadline:
+                raise _busy(files.where(name), error.holder) from None
+            time.sleep(1)
+    try:
+        with lock.beating():
+            yield
+    finally:
+        lock.release()
+
+
+def _busy(where: str, holder: str) -> BusyError:
+    return BusyError(
+        f"{where}: another operator is at work ({holder}); wait until that command has ended"
+    )
+
+
+@contextlib.contextmanager
+def _host_lock(path: Path, user: str, wait_s: float) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -96,10 +124,7 @@ def operators_lock(path: Path, user: str, wait_s: float = 0) -> Iterator[None]:
                     time.sleep(0.1)
                     continue
                 file.seek(0)
-                raise BusyError(
-                    f"{path.parent}: another operator is at work ({file.read().strip()}); wait "
-                    "until that command has ended"
-                ) from None
+                raise _busy(str(path.parent), file.read().strip()) from None
         file.truncate(0)
         at = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"{user} on {socket.gethostname()}, process {os.getpid()}, since {at}")

@@ -28,8 +28,8 @@ class StateFiles(Protocol):
         """Return a file's text; None without one."""
         ...
 
-    def write(self, name: str, text: str) -> None:
-        """Write a file, complete or not at all."""
+    def write(self, name: str, text: str, *, durable: bool = False) -> None:
+        """Write a file, complete or not at all; ``durable`` = through a power cut too."""
         ...
 
     def create(self, name: str, text: str) -> bool:
@@ -38,6 +38,13 @@ class StateFiles(Protocol):
 
     def replace(self, name: str, known: str, text: str) -> bool:
         """Write a file only where its text is still ``known``, within ``guarded``; False elsewhere."""
+        ...
+
+    def extend(self, name: str, known: str, line: str) -> bool:
+        """Add a line, durably, to a file that is still ``known``, within ``guarded``; False elsewhere.
+
+        Without a file, ``known`` is empty.
+        """
         ...
 
     def remove(self, name: str) -> None:
@@ -74,10 +81,13 @@ class FolderFiles:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str, *, durable: bool = False) -> None:
         """See ``StateFiles``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / name, text)
+        if durable:
+            _sync(self.folder / name)
+            _sync(self.folder)
 
     def create(self, name: str, text: str) -> bool:
         """See ``StateFiles``: the file appears by one link."""
@@ -96,6 +106,16 @@ class FolderFiles:
         if self.read(name) != known:
             return False
         self.write(name, text)
+        return True
+
+    def extend(self, name: str, known: str, line: str) -> bool:
+        """See ``StateFiles``."""
+        if (self.read(name) or "") != known:
+            return False
+        with (self.folder / name).open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
         return True
 
     def remove(self, name: str) -> None:
@@ -142,8 +162,9 @@ class BucketFiles:
         found = self.bucket.read(self.folder / name)
         return None if found is None else found[0].decode()
 
-    def write(self, name: str, text: str) -> None:
-        """See ``StateFiles``."""
+    def write(self, name: str, text: str, *, durable: bool = False) -> None:
+        """See ``StateFiles``; a bucket always keeps what it took."""
+        del durable
         self.bucket.write(self.folder / name, text.encode())
 
     def create(self, name: str, text: str) -> bool:
@@ -156,6 +177,12 @@ class BucketFiles:
         if found is None or found[0].decode() != known:
             return False
         return self.bucket.write(self.folder / name, text.encode(), only=found[1])
+
+    def extend(self, name: str, known: str, line: str) -> bool:
+        """See ``StateFiles``."""
+        if known:
+            return self.replace(name, known, known + line)
+        return self.create(name, line)
 
     def remove(self, name: str) -> None:
         """See ``StateFiles``."""
@@ -179,3 +206,17 @@ class BucketFiles:
         """See ``StateFiles``."""
         with FolderFiles(self.folder).guarded():
             yield
+
+
+def state_files(storage: str, bucket: Bucket | None, folder: str) -> StateFiles:
+    """Return the files of a folder of a fleet's storage."""
+    path = Path(storage, folder)
+    return FolderFiles(path) if bucket is None else BucketFiles(bucket, path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -151,6 +151,21 @@ class Store:
         self.bucket.pull(final)
         return True
 
+    def here(self, path: str | Path) -> Path:
+        """Return a path of the store that never changes, fetched where this node lacks it.
+
+        Of a stage all is fetched; a path elsewhere is returned as it is.
+
+        Raises:
+            StateError: the bucket doesn't hold it either, or can't be read.
+        """
+        path, stages = Path(path), Path(self.root, "stages")
+        if self.bucket is not None and Path(self.root) in path.parents:
+            in_stage = stages in path.parents
+            part = Path(stages, *path.relative_to(stages).parts[:2]) if in_stage else path
+            self.bucket.pull(part)
+        return path
+
     def shared(self, folder: str | Path) -> Path:
         """Return a folder that workers can have: one that is no stage goes to the bucket first.
 

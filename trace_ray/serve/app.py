@@ -50,9 +50,10 @@ def build_app(config: ServeConfig) -> serve.Application:
         "num_gpus": config.num_gpus,
         "runtime_env": {"env_vars": environment},
     }
+    bucket = config.bucket and config.bucket.model_dump(mode="json")
     engines = {}
     for index, (base, rows) in enumerate(adapters.items()):
-        arguments = (base, templates.get(base), config.engine.model_dump())
+        arguments = (base, templates.get(base), config.engine.model_dump(), bucket)
         deployment = serve.deployment(EngineReplica).options(  # pyright: ignore[reportFunctionMemberAccess]
             name=f"engine-{index}",
             **_replicas(config.replicas),
@@ -132,6 +133,7 @@ def _tables(config: ServeConfig) -> dict[str, Any]:
         "keys": os.path.abspath(config.keys) if config.keys else None,
         "records": config.records.model_dump(mode="json"),
         "records_folder": os.path.abspath(folder) if folder else None,
+        "bucket": config.bucket and config.bucket.model_dump(mode="json", exclude={"bases"}),
         "max_model_len": config.engine.max_model_len,
     }
 

@@ -15,6 +15,10 @@ from trace_ray.config.serve import ComplianceSettings, Limits, Records, Replicas
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, problems
 from trace_ray.rollout.plan import load_policy
+from trace_ray.runtime.journal import FOLDER
+from trace_ray.runtime.state_files import StateFiles, state_files
+from trace_ray.runtime.store import Store
+from trace_ray.serve.storage import ServedBucket, store_of
 
 DEFAULT_ALIAS = "champion"
 """The bare model name means the adapter with this alias, where there is one."""
@@ -137,7 +141,19 @@ class Follow(Section):
     """MLflow experiment of the fleet."""
     storage: str
     """The fleet's: adapters are downloaded to it, the rollout's state is read in it."""
+    bucket: str | None = None
+    """``s3://bucket/prefix`` that the storage is a copy of; null = it is a folder all nodes see."""
     refresh_s: float = Field(default=1, gt=0)
+
+    @property
+    def store(self) -> Store:
+        """The fleet's store, by this process's AWS variables."""
+        return store_of(self.storage, self.bucket)
+
+    @property
+    def rollout(self) -> StateFiles:
+        """The files of the fleet's rollout."""
+        return state_files(self.storage, self.store.bucket, FOLDER)
 
 
 class ServeConfig(Section):
@@ -163,6 +179,8 @@ class ServeConfig(Section):
     """Refuse a served adapter whose effect can't be proved: it has no ``fingerprint.json``."""
     follow: Follow | None = None
     """null = names move with the next deploy only."""
+    bucket: ServedBucket | None = None
+    """null = all nodes see the folders of bases and adapters."""
 
     @model_validator(mode="after")
     def _models_agree(self) -> ServeConfig:

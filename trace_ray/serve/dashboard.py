@@ -21,9 +21,10 @@ from markupsafe import Markup
 
 from trace_ray.core.live import LiveSummary, compare, summarise
 from trace_ray.core.policy import Policy
-from trace_ray.errors import RolloutError
+from trace_ray.errors import RolloutError, StateError
 from trace_ray.rollout.html_report import page_environment
 from trace_ray.rollout.waves import read_rollout
+from trace_ray.runtime.state_files import StateFiles
 from trace_ray.serve.admission import Admission
 from trace_ray.serve.config import default_adapter
 from trace_ray.serve.follow import Follower
@@ -45,7 +46,7 @@ class LiveData:
     def __init__(
         self,
         records: str | None,
-        storage: str | None,
+        rollout: StateFiles | None,
         police: Mapping[str, Police],
         names: Callable[[], tuple[NameTable, Follower | None]],
     ) -> None:
@@ -53,12 +54,12 @@ class LiveData:
 
         Args:
             records: folder of the records; None = nothing is recorded.
-            storage: the fleet's, with its rollout; None = the fleet isn't followed.
+            rollout: files of the fleet's; None = the fleet isn't followed.
             police: by model.
             names: returns the names as they are now, and who follows them.
         """
         self._records = None if records is None else RecentRecords(Path(records))
-        self._storage, self._police, self._names = storage, police, names
+        self._files, self._police, self._names = rollout, police, names
         self._one = asyncio.Lock()
         self._text, self._made = "", -FRESH_S
 
@@ -78,7 +79,7 @@ class LiveData:
         rollout, live = None, None
         try:
             rollout = self._rollout()
-        except RolloutError:
+        except (RolloutError, StateError):
             problems.append("the rollout's state can't be read")
         try:
             live = self._live(table)
@@ -102,7 +103,7 @@ class LiveData:
         return summarise(self._records.look(), clauses, table.splits)
 
     def _rollout(self) -> dict[str, Any] | None:
-        view = None if self._storage is None else read_rollout(Path(self._storage))
+        view = None if self._files is None else read_rollout(self._files)
         if view is None:
             return None
         state = view.state

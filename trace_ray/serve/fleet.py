@@ -10,7 +10,7 @@ from trace_ray.config.serve import Records
 from trace_ray.errors import ConfigError, ServeError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.families import load_tokenizer
-from trace_ray.models.references import resolve_model
+from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout.judging import open_judge
 from trace_ray.rollout.plan import open_registry, read_inputs
 from trace_ray.rollout.promotion import Rollouts
@@ -27,6 +27,7 @@ from trace_ray.serve.config import (
     ServedModel,
 )
 from trace_ray.serve.records import FOLDER
+from trace_ray.serve.storage import ServedBucket
 
 
 def serve_config(path: str) -> ServeConfig:
@@ -39,11 +40,14 @@ def serve_config(path: str) -> ServeConfig:
         ServeError: nothing of the fleet is registered.
     """
     config = load_config(path)
-    config.require_folder("serving")
     Rollouts(path).finish()  # nobody serves a fleet that was promoted in part
     registry = open_registry(config)
-    compliance = _compliance(path, config)
-    models = [_served(config, model, registry, compliance) for model in config.models]
+    compliance, judging = _compliance(path, config)
+    store, bases = Store.of(config), [_base(config, model) for model in config.models]
+    models = [
+        _served(model, base, registry, store, compliance)
+        for model, base in zip(config.models, bases, strict=True)
+    ]
     if not any(model.adapters for model in models):
         raise ServeError(f"{path}: no model is registered yet: run trace-ray apply {path} first")
     first, records = config.models[0], config.serve.records
@@ -55,10 +59,14 @@ def serve_config(path: str) -> ServeConfig:
             prefix=registry.prefix,
             experiment=config.tracking.experiment,
             storage=os.path.abspath(config.storage),
+            bucket=config.bucket,
             refresh_s=refresh_s,
         )
     return ServeConfig(
         follow=follow,
+        bucket=None
+        if config.bucket is None
+        else ServedBucket(url=config.bucket, root=config.storage, bases=[*bases, *judging]),
         keys=config.serve.keys,
         replicas=config.serve.replicas,
         limits=config.serve.limits,
@@ -72,24 +80,29 @@ def serve_config(path: str) -> ServeConfig:
     )
 
 
-def _compliance(path: str, config: FleetConfig) -> Compliance | None:
-    """Return the fleet's policy and its judge, as it was fitted.
+def _compliance(
+    path: str, config: FleetConfig
+) -> tuple[Compliance | None, tuple[ModelSource, ...]]:
+    """Return the fleet's policy with its judge, as it was fitted, and the judge's base.
 
     Raises:
         ConfigError: the judge of the config can't be served.
     """
     if config.serve.compliance is None:
-        return None
-    judge, escalation = None, list[RemoteJudge]()
+        return None, ()
+    judge, escalation, bases = None, list[RemoteJudge](), tuple[ModelSource, ...]()
     if config.judge is not None and config.judge.kind != "rules":
-        judge, escalation = _judges(open_judge(read_inputs(path)))
-    return Compliance(
+        spec = open_judge(read_inputs(path))
+        judge, escalation = _judges(spec)
+        bases = tuple(base for each in (spec, *spec.members) for base in each.needs.bases)
+    compliance = Compliance(
         **config.serve.compliance.model_dump(),
         policy=config.policy,
         shadow_policy=config.serve.shadow_policy,
         judge=judge,
         escalation=escalation,
     )
+    return compliance, bases
 
 
 def _judges(spec: JudgeSpec) -> tuple[ServedJudge | None, list[RemoteJudge]]:
@@ -133,11 +146,17 @@ def _served_judge(spec: JudgeSpec) -> ServedJudge:
     )
 
 
+def _base(config: FleetConfig, model: ModelConfig) -> ModelSource:
+    return resolve_model(model.base, model.revision, Store.of(config).models)
+
+
 def _served(
-    config: FleetConfig, model: ModelConfig, registry: Registry, compliance: Compliance | None
+    model: ModelConfig,
+    source: ModelSource,
+    registry: Registry,
+    store: Store,
+    compliance: Compliance | None,
 ) -> ServedModel:
-    store = Store.of(config)
-    source = resolve_model(model.base, model.revision, store.models)
     versions = [
         version
         for version in registry.versions(registry.registered_name(model.name))
@@ -150,7 +169,7 @@ def _served(
             adapters.append(
                 ServedAdapter(
                     id=found.adapter_id,
-                    path=str(found.path),
+                    path=str(store.shared(found.path)),
                     sha256=found.sha256,
                     aliases=list(version.aliases),
                     policy=found.policy,

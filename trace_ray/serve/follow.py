@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from trace_ray.core.split import Split
@@ -24,7 +23,6 @@ from trace_ray.rollout.waves import LiveSplits
 from trace_ray.runtime.fleet_aliases import FleetAliases
 from trace_ray.runtime.journal import Journal
 from trace_ray.runtime.registry import Registry
-from trace_ray.runtime.store import Store
 from trace_ray.serve.config import Follow, ServedAdapter, ServedModel, default_adapter
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.table import NameTable
@@ -58,14 +56,14 @@ class Source(Protocol):
 
 
 class FleetSource:
-    """The registry and the storage folder of a fleet."""
+    """The registry and the storage of a fleet."""
 
     def __init__(self, follow: Follow) -> None:
         """Take their places; nothing is opened yet."""
         self._follow = follow
+        self._store = follow.store
         self._aliases = FleetAliases(follow.uri, follow.prefix)
-        self._splits = LiveSplits(follow.storage)
-        self._journal = Journal(Path(follow.storage, "rollout"))
+        self._splits, self._journal = LiveSplits(follow.rollout), Journal(follow.rollout)
 
     def view(self) -> FleetView | None:
         """Return the state now; None while a change of the fleet is under way, or was cut short.
@@ -73,6 +71,7 @@ class FleetSource:
         Raises:
             RegistryError: the registry can't be read.
             RolloutError: the rollout's state or journal can't be read.
+            StateError: the bucket can't be read.
         """
         if self._journal.pending() is not None:
             return None
@@ -93,7 +92,7 @@ class FleetSource:
         follow = self._follow
         registry = Registry(follow.uri, follow.prefix, follow.experiment)
         reference = f"models:/{registry.registered_name(model.name)}/{version}"
-        found = registry.resolve(reference, Store(follow.storage).adapters)
+        found = registry.resolve(reference, self._store.adapters)
         digest = model.base_digest
         if digest is not None and found.base_digest != digest:
             raise ModelError(
@@ -103,7 +102,7 @@ class FleetSource:
         check_adapter(found.path, digest)
         return ServedAdapter(
             id=found.adapter_id,
-            path=str(found.path),
+            path=str(self._store.shared(found.path)),
             sha256=found.sha256,
             policy=found.policy,
         )

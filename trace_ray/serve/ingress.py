@@ -48,6 +48,7 @@ from trace_ray.serve.requests import (
     take_mode,
     text_prompts,
 )
+from trace_ray.serve.storage import RecordSender
 from trace_ray.serve.table import NameTable
 from trace_ray.serve.turn import Turn
 
@@ -97,6 +98,7 @@ class Ingress(DashboardRoutes):
         self._since = int(time.time())
         self._metrics = Metrics()
         self._records: RecordWriter | None = None
+        self._sender: RecordSender | None = None
 
     @property
     def _table(self) -> NameTable:
@@ -135,8 +137,9 @@ class Ingress(DashboardRoutes):
         if (folder := user_config["records_folder"]) is not None:
             settings = Records.model_validate(user_config["records"])
             self._records = RecordWriter(folder, settings, self._metrics.record_lost)
-        storage = None if follow is None else follow["storage"]
-        self._live = LiveData(folder, storage, self._police, lambda: (self._table, self._follower))
+        self._sender = RecordSender.of(user_config["bucket"], folder)
+        files = None if follow is None else Follow.model_validate(follow).rollout
+        self._live = LiveData(folder, files, self._police, lambda: (self._table, self._follower))
         if starts and self._follower is not None:
             # A replica that was restarted must not answer by what was champion at the last deploy.
             await self._follower.looked(FIRST_LOOK_S)
@@ -148,6 +151,8 @@ class Ingress(DashboardRoutes):
         """
         if self._records is not None:
             self._records.tidy(close=bool(self._table.splits))
+        if self._sender is not None:
+            self._sender.soon()
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> JSONResponse:
@@ -189,8 +194,9 @@ class Ingress(DashboardRoutes):
             return _silent(error)
         if self._follower is not None:
             row["registry"] = self._follower.status()
-        if self._records is not None and self._records.problem:
-            row["records"] = self._records.problem
+        kept = (self._records and self._records.problem, self._sender and self._sender.problem)
+        if problems := "; ".join(filter(None, kept)):
+            row["records"] = problems
         return JSONResponse(row)
 
     @api.post("/v1/chat/completions")
@@ -375,10 +381,13 @@ class Ingress(DashboardRoutes):
         )
 
     def __del__(self) -> None:
-        """Finish the file of records."""
+        """Finish the file of records, and send it."""
         records = getattr(self, "_records", None)
         if records is not None:
             records.tidy(close=True)
+        sender = getattr(self, "_sender", None)
+        if sender is not None:
+            sender.send()
 
     def _card(self, route: Route) -> dict[str, Any]:
         return {

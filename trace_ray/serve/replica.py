@@ -24,6 +24,7 @@ from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.device import has_gpu
 from trace_ray.models.engine import engine_kwargs
 from trace_ray.models.fingerprint import read_fingerprint
+from trace_ray.serve.storage import ServedBucket
 from trace_ray.types import Prompt, prompt_from_rows
 
 BASE_NAME = "base"
@@ -69,8 +70,22 @@ def _allow_plugin() -> None:
 class EngineReplica:
     """An engine for one base model and all adapters on it."""
 
-    def __init__(self, base: str, chat_template: str | None, engine: dict[str, Any]) -> None:
-        """Remember what to start; the engine starts in ``reconfigure``, before any request."""
+    def __init__(
+        self,
+        base: str,
+        chat_template: str | None,
+        engine: dict[str, Any],
+        bucket: dict[str, Any] | None = None,
+    ) -> None:
+        """Remember what to start; the engine starts in ``reconfigure``, before any request.
+
+        Args:
+            base: directory of the base model.
+            chat_template: Jinja text or file; None = the tokenizer's own.
+            engine: an ``EngineConfig`` as JSON.
+            bucket: a ``ServedBucket`` as JSON; None = this node sees all folders.
+        """
+        self._bucket = None if bucket is None else ServedBucket.model_validate(bucket)
         self._base = base
         self._chat_template = chat_template
         self._config = EngineConfig.model_validate(engine)
@@ -99,7 +114,7 @@ class EngineReplica:
         adapters = user_config["adapters"]
         self._require_fingerprint = user_config["require_fingerprint"]
         for adapter in adapters:
-            await asyncio.to_thread(check_digest, adapter["id"], adapter["path"], adapter["sha256"])
+            await asyncio.to_thread(self._check, adapter)
         async with self._lock:
             if self._engine is None:
                 await self._start()
@@ -113,9 +128,15 @@ class EngineReplica:
         """
         if self._is_loaded(adapter):
             return
-        await asyncio.to_thread(check_digest, adapter["id"], adapter["path"], adapter["sha256"])
+        await asyncio.to_thread(self._check, adapter)
         async with self._lock:
             await self._add(adapter)
+
+    def _check(self, adapter: Mapping[str, str]) -> None:
+        """Have an adapter on this node, with the weights that were named."""
+        if self._bucket is not None:
+            self._bucket.store.here(adapter["path"])
+        check_digest(adapter["id"], adapter["path"], adapter["sha256"])
 
     def _is_loaded(self, adapter: Mapping[str, str]) -> bool:
         known = self._digests.get(adapter["id"], adapter["sha256"])
@@ -128,6 +149,8 @@ class EngineReplica:
 
     async def _start(self) -> None:
         _allow_plugin()
+        if self._bucket is not None:
+            await asyncio.to_thread(self._bucket.fetch_base, self._base)
         from starlette.datastructures import State
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
