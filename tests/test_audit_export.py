@@ -197,7 +197,7 @@ def test_a_part_that_claims_to_be_encrypted_is_refused(bundle, tmp_path):
     with zipfile.ZipFile(bundle) as archive:
         raw[archive.start_dir + 8] |= 1  # a flag of the first entry in the central directory
     (tmp_path / "damaged.zip").write_bytes(raw)
-    with pytest.raises(AuditError, match="is not a whole zip file: .*encrypted"):
+    with pytest.raises(AuditError, match=r"is not a whole zip file: .*encrypted"):
         verify_bundle(tmp_path / "damaged.zip")
 
 

@@ -238,7 +238,7 @@ def test_operators_of_two_machines_wait_for_each_other(bucket, monkeypatch):
     files = BucketFiles(bucket, Path(bucket.root, "rollout"))
     monkeypatch.setattr("trace_ray.runtime.fleet_lock.SILENCE_S", 0.5)
     with operators_lock(files, ".lock", "ana"):
-        with pytest.raises(BusyError, match="another operator is at work .* on "):
+        with pytest.raises(BusyError, match=r"another operator is at work .* on "):
             operators_lock(files, ".lock", "bob").__enter__()
         with operators_lock(files, ".waves.lock", "bob"):
             pass
