@@ -1,7 +1,9 @@
 """A storage in a bucket, on a real S3 server: what it keeps, what it refuses, who holds it."""
 
 import json
+import os
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,6 +22,7 @@ from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.runtime.fleet_lock import LOCK, FleetLock
 from trace_ray.runtime.journal import operators_lock
 from trace_ray.runtime.needs import Needs
+from trace_ray.runtime.stale import LIMIT_ENV, keep_within_limit
 from trace_ray.runtime.state_files import BucketFiles
 from trace_ray.runtime.store import Store
 from trace_ray.runtime.verdict_store import VerdictStore
@@ -247,6 +250,27 @@ def test_operators_of_two_machines_wait_for_each_other(bucket, monkeypatch):
     files.write(".lock", json.dumps(gone))
     with operators_lock(files, ".lock", "bob"):  # silent for half a second
         assert "elsewhere" not in files.read(".lock")
+
+
+def test_a_copy_over_its_limit_loses_what_was_longest_unused(store, bucket, monkeypatch):
+    """Three stages of 1 kB each, a limit of 2.5 kB: the newest of the unused two stays."""
+    stages = [store.stage("pairs", {"n": n}, one_file("x" * 1000)).path for n in range(3)]
+    used = stages.pop(0)
+    for days, path in zip((3, 2), stages, strict=True):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    keep_within_limit(store)
+    assert all(path.exists() for path in stages), "without the variable there is no limit"
+    monkeypatch.setenv(LIMIT_ENV, "2.9e-6")
+    Needs.of(store, folders=[str(used)]).fetch()
+    assert [path.exists() for path in (used, *stages)] == [True, False, True]
+    monkeypatch.setenv(LIMIT_ENV, "1e-9")
+    keep_within_limit(store)
+    assert [path.exists() for path in (used, *stages)] == [True, False, False]
+    again = store.stage("pairs", {"n": 1}, never)  # out of the bucket, not made anew
+    assert (again.path, again.reused) == (stages[0], True)
+    monkeypatch.setenv(LIMIT_ENV, "lots")
+    with pytest.raises(ConfigError, match="TRACE_RAY_CACHE_GB: must be a number"):
+        keep_within_limit(store)
 
 
 def test_one_holder_at_a_time(bucket):

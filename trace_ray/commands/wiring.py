@@ -42,9 +42,13 @@ def storage_of(config: str | Path) -> Iterator[None]:
     """Within the block the storage of a fleet config, or of a plan of it, is up to date here."""
     from trace_ray.config import load_config
     from trace_ray.rollout.plan_file import config_of
-    from trace_ray.runtime.bucket import Bucket, up_to_date
+    from trace_ray.runtime.bucket import up_to_date
+    from trace_ray.runtime.stale import keep_within_limit
+    from trace_ray.runtime.store import Store
 
-    with up_to_date(Bucket.of(load_config(config_of(str(config))))):
+    store = Store.of(load_config(config_of(str(config))))
+    with up_to_date(store.bucket):
+        keep_within_limit(store)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from trace_ray.errors import ModelError
 from trace_ray.models.references import ModelSource, resolve_model
+from trace_ray.runtime.stale import keep_within_limit
 from trace_ray.runtime.store import Store, is_drafted_here
 
 
@@ -54,7 +56,8 @@ class Needs:
         for base in self.bases:
             _find(base, self.store.models)
         for folder in self.folders:
-            self.store.bucket.pull(folder)
+            os.utime(self.store.bucket.pull(folder))  # in use from now on
+        keep_within_limit(self.store)
 
     def give(self, out: Path) -> None:
         """Send what was written into a stage's draft to whoever started this worker."""

@@ -1,4 +1,4 @@
-"""What of a storage folder nothing has used lately: finished stages and checkpoints left behind.
+"""What of a storage folder nothing has used lately, and what of a bucket's copy has no room.
 
 Whoever finds a stage touches its folder (``Store.find``), so a folder's time says when it was last of
 use. Registered adapters are in the registry, not here, and verdicts have a command of their own.
@@ -6,6 +6,8 @@ use. Registered adapters are in the registry, not here, and verdicts have a comm
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -13,7 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trace_ray.errors import ConfigError
 from trace_ray.runtime.store import RECORD, Store
+
+LIMIT_ENV = "TRACE_RAY_CACHE_GB"
+"""Environment variable: gigabytes of a bucket's copy on this node; unset = no limit."""
+IN_USE_S = 86400.0
+"""What was used within a day may be in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +48,53 @@ def find_stale(store: Store, idle_s: float, keep: set[Path]) -> list[Stale]:
     for path, what in _folders(Path(store.root)):
         idle = now - path.stat().st_mtime
         if idle > idle_s and path not in keep:
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Stale(path, what, idle, size))
+            found.append(Stale(path, what, idle, _size(path)))
     return sorted(found, key=lambda each: -each.size)
+
+
+def keep_within_limit(store: Store) -> list[Stale]:
+    """Remove finished stages from a bucket's copy, the longest unused first, where it is too large.
+
+    ``TRACE_RAY_CACHE_GB`` is the limit. What was used within ``IN_USE_S`` stays in any case, and so does
+    what is no stage (base models, adapters). A stage that is needed again comes from the bucket.
+
+    Raises:
+        ConfigError: the limit is no number.
+    """
+    text = os.environ.get(LIMIT_ENV)
+    if store.bucket is None or not text:
+        return []
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        raise ConfigError(f"{LIMIT_ENV}: must be a number of gigabytes (got {text!r})") from None
+    over, gone = _size(Path(store.root)) - limit, []
+    found = find_stale(store, IN_USE_S, set()) if over > 0 else []
+    for stale in sorted(found, key=lambda each: -each.idle_s):
+        if over <= 0:
+            break
+        if store.bucket.holds(stale.path / RECORD):
+            remove(stale)
+            gone.append(stale)
+            over -= stale.size
+    return gone
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of all files in a folder; one that goes away meanwhile has none."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def remove(stale: Stale) -> None:
     """Remove a folder: gone by one rename, so that nobody finds half of it."""
     gone = stale.path.with_name(f".gone-{uuid.uuid4().hex[:8]}")
-    stale.path.rename(gone)
-    shutil.rmtree(gone)
+    with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+        stale.path.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, str]]:

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from trace_ray.config.serve import Limits, Mode, Records
+from trace_ray.config.serve import Limits, Mode
 from trace_ray.serve import compliance
 from trace_ray.serve.admission import Admission
 from trace_ray.serve.calls import (
@@ -131,12 +131,12 @@ class Ingress(DashboardRoutes):
         }
         self._door = Admission(Limits.model_validate(user_config["limits"]), user_config["keys"])
         self._max_model_len: int = user_config["max_model_len"]
-        if self._records is not None:
-            self._records.tidy(close=True)
-        self._records = None
-        if (folder := user_config["records_folder"]) is not None:
-            settings = Records.model_validate(user_config["records"])
-            self._records = RecordWriter(folder, settings, self._metrics.record_lost)
+        folder, settings = user_config["records_folder"], user_config["records"]
+        # One that goes on as it was stays: requests under way hold it.
+        if self._records is None or not self._records.is_for(folder, settings):
+            if self._records is not None:
+                self._records.tidy(close=True)
+            self._records = RecordWriter.of(folder, settings, self._metrics.record_lost)
         self._sender = RecordSender.of(user_config["bucket"], folder)
         files = None if follow is None else Follow.model_validate(follow).rollout
         self._live = LiveData(folder, files, self._police, lambda: (self._table, self._follower))

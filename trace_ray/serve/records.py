@@ -69,6 +69,17 @@ class RecordWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._recover()
 
+    @classmethod
+    def of(
+        cls, folder: str | None, settings: Mapping[str, Any], lost: Callable[[], None]
+    ) -> RecordWriter | None:
+        """Return a writer for settings as JSON; None without a folder."""
+        return None if folder is None else cls(folder, Records.model_validate(settings), lost)
+
+    def is_for(self, folder: str | None, settings: Mapping[str, Any]) -> bool:
+        """Whether it writes into this folder, by these settings (as JSON)."""
+        return folder == str(self._folder) and self._settings == Records.model_validate(settings)
+
     @property
     def keeps_texts(self) -> bool:
         """Whether texts are kept."""
