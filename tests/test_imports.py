@@ -53,10 +53,17 @@ def test_core_is_pure(path):
     assert not {name.split(".")[0] for name in imported(path)} & HEAVY
 
 
-def test_the_command_loads_nothing_heavy():
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "trace_ray, trace_ray.cli",
+        # What commands run, and a model's coordinator: only workers hold models.
+        "trace_ray.rollout.apply, trace_ray.rollout.planning, trace_ray.rollout.waves",
+    ],
+)
+def test_the_command_loads_nothing_heavy(modules):
     code = (
-        "import sys, trace_ray, trace_ray.cli;"
-        f"print(sorted({HEAVY | {'torch'}!r} & set(sys.modules)))"
+        f"import sys, {modules}; print(sorted({HEAVY | {'torch', 'sklearn'}!r} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -101,13 +101,20 @@ def test_force_unlock_takes_the_fleet_from_an_apply_that_then_stops(folder):
 
 
 @pytest.fixture(scope="module")
-def half(folder):
+def up():
+    """Ray in this process, for the runs from here on."""
+    with connected():
+        yield
+
+
+@pytest.fixture(scope="module")
+def half(folder, up):
     """The fleet applied while one model's weights are damaged: they load, and give NaN."""
     weights = folder / "broken" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"][:] = np.nan
     save_file(tensors, weights, metadata={"format": "pt"})
-    return trace_ray("apply", folder / "fleet.yaml")
+    return here("apply", folder / "fleet.yaml")
 
 
 def test_a_broken_model_stops_no_other(folder, half):
@@ -130,12 +137,7 @@ def test_a_broken_model_stops_no_other(folder, half):
 
 @pytest.fixture(scope="module")
 def mended(folder, half):
-    """The broken model with its weights back, run alone; Ray stays up for what comes after it."""
-    with connected():
-        yield mend(folder)
-
-
-def mend(folder):
+    """The broken model with its weights back, run alone."""
     before = report_of(folder)["models"][0]
     tiny_model(folder / "broken", "qwen2", seed=1)
     done = here("apply", folder / "fleet.yaml", "--only", "broken")

@@ -331,20 +331,13 @@ def get(url, body=None):
         return answer.headers, json.load(answer)
 
 
-@pytest.mark.parametrize("command", ["trace-ray serve", "serve run"])
-def test_the_registered_models_are_served(realigned, tmp_path, command):
+def test_serve_run_serves_the_registered_models(realigned, tmp_path):
     port, config = free_port(), str(realigned / "realign.yaml")
-    words = [sys.executable, "-m", "trace_ray.cli", "serve", config, "--port", str(port)]
-    if command == "serve run":
-        settings = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        settings["http_options"]["port"] = port
-        alone = yaml.safe_load((realigned / "realign.yaml").read_text())
-        alone["models"] = alone["models"][:1]  # one engine to start, not two
-        config = str(realigned / "alone.yaml")
-        Path(config).write_text(yaml.safe_dump(alone))
-        settings["applications"][0]["args"]["config"] = config
-        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
-        words = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
+    settings = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    settings["http_options"]["port"] = port
+    settings["applications"][0]["args"]["config"] = config
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
+    words = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml")]
     with (tmp_path / "log").open("w") as log:
         # A cluster of its own, whatever an earlier cluster that was killed left behind.
         env = os.environ | {"RAY_ADDRESS": "local"}
@@ -364,17 +357,14 @@ def test_the_registered_models_are_served(realigned, tmp_path, command):
             except (OSError, ValueError):
                 time.sleep(1)
         newest = realigned_id(realigned, "a")
-        both = {"b"} if command == "trace-ray serve" else set()
-        assert {"a", "a@base", newest} | both <= {model["id"] for model in models["data"]}
+        assert {"a", "a@base", "b", newest} <= {model["id"] for model in models["data"]}
         ask = {"model": newest, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
         headers, answer = get(f"http://127.0.0.1:{port}/v1/chat/completions", ask)
         assert headers["x-trace-ray-adapter"] == newest
         assert answer["usage"]["completion_tokens"] > 0
-        if command == "trace-ray serve":
-            taken = [*words[:-1], str(port)]
-            refused = subprocess.run(taken, cwd=ROOT, capture_output=True, text=True, timeout=120)
-            assert refused.returncode == 2
-            assert f"port {port} is in use" in refused.stderr
+        refused = here("serve", config, "--port", port)
+        assert refused.returncode == 2
+        assert f"port {port} is in use" in refused.stderr
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=60)

@@ -93,22 +93,18 @@ def small_job(folder, base, deployed, rows, **settings):
     )
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
-def test_training_begins_anew_where_its_checkpoint_can_not_be_read(cluster, rows, tmp_path, name):
-    base = str(tiny_model(tmp_path / "base"))
-    job = small_job(tmp_path / "one", base, None, rows)
-    train(job, damages_once(tmp_path, name, 6))  # pyright: ignore[reportArgumentType]
-    (told,) = (tmp_path / "told").read_text().splitlines()
-    assert told.startswith(f"train retrying 0 checkpoint {tmp_path}/checkpoints/one/checkpoint_")
-    assert f"{name} can't be read" in told
-    history = json.loads((tmp_path / "one" / "history.json").read_text())
-    assert [entry["step"] for entry in history["log"] if "loss" in entry] == list(range(1, 10))
+CUT_OFF = "adapter_model.safetensors"
 
 
-def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
+def test_two_workers_train_what_one_does_whatever_befalls_them(cluster, rows, tmp_path):
+    """One worker begins anew, its checkpoint damaged; of two with shards of the base, one breaks."""
     base = str(tiny_model(tmp_path / "base"))
     deployed = str(tiny_adapter(tmp_path / "deployed", base, seed=1))
-    found = {}
+    found, nothing = {}, lambda *_, **__: None
+    faults = {
+        "one": damages_once(tmp_path, CUT_OFF, 6),
+        "sharded": breaks_once(tmp_path / "broken", 6),
+    }
     # 3 rows a step: two workers share them unevenly, and the last step has a row for one alone.
     for name, settings in {
         "one": {"workers": 1},
@@ -122,13 +118,15 @@ def test_two_workers_train_what_one_does(cluster, rows, tmp_path):
     }.items():
         out = tmp_path / name
         job = small_job(out, base, deployed, rows, **settings)
-        broken = tmp_path / "broken"
-        train(job, breaks_once(broken, 6) if name == "sharded" else lambda *_, **__: None)
-        assert broken.exists() == (name == "sharded")
+        train(job, faults.get(name, nothing))
         history = json.loads((out / "history.json").read_text())
         weights = load_file(str(next((out / "adapter").glob("*.safetensors"))))
         found[name] = history, weights
         assert Path(tmp_path, "checkpoints", name).exists()
+    assert (tmp_path / "broken").exists()
+    (told,) = (tmp_path / "told").read_text().splitlines()
+    assert told.startswith(f"train retrying 0 checkpoint {tmp_path}/checkpoints/one/checkpoint_")
+    assert f"{CUT_OFF} can't be read" in told
     one, a = found.pop("one")
     for other, b in found.values():
         assert one["steps"] == other["steps"] == 9

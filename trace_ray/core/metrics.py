@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
-from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
 
 from trace_ray.errors import DataError
 from trace_ray.types import Interval
@@ -23,6 +22,8 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         DataError: the labels hold one class only.
     """
+    from sklearn.metrics import roc_auc_score  # as in the functions below: a slow import
+
     return float(roc_auc_score(_two_classes(labels), _finite(scores)))
 
 
@@ -64,6 +65,8 @@ def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
     truth = np.asarray(labels).astype(bool)
     if truth.size == 0:
         raise DataError("accuracy needs at least one label (got none)")
+    from sklearn.metrics import accuracy_score
+
     return float(accuracy_score(truth, np.asarray(predictions).astype(bool)))
 
 
@@ -83,6 +86,8 @@ def best_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
         DataError: the labels hold one class only.
     """
     truth, values = _two_classes(labels), _finite(scores)
+    from sklearn.metrics import roc_curve
+
     false_rate, true_rate, cuts = roc_curve(truth, values, drop_intermediate=False)
     # Place 0 calls nothing positive (its cut is infinite); the last one, as good, calls all so.
     best = 1 + int(np.argmax((true_rate - false_rate)[1:]))

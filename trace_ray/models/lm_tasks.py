@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.errors import DataError
 from trace_ray.models.references import remembered_digest
-from trace_ray.models.retention import inference, measuring
 from trace_ray.types import content_digest
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ class TaskSuite:
         """
         import lm_eval
         from lm_eval.models import huggingface
+
+        from trace_ray.models.retention import inference, measuring
 
         # Decorators of the harness hide both signatures from a type checker.
         evaluate: Any = lm_eval.simple_evaluate
