@@ -1,10 +1,11 @@
 """From replies and a judge's word to measures and evidence; no model is needed for that."""
 
 import json
+from functools import partial
 
 import pytest
 
-from trace_ray.config import GateSection
+from trace_ray.config import GateSection, JudgeConfig
 from trace_ray.core.attacks import Wrapper, attack
 from trace_ray.core.policy import parse_policy
 from trace_ray.rollout.gate import gate_answers
@@ -18,10 +19,14 @@ from trace_ray.rollout.grading import (
     task_means,
     write_measures,
 )
+from trace_ray.rollout.judging import ask as ask_judge
+from trace_ray.rollout.judging import judged_clauses
 from trace_ray.rollout.second_judge import agreement_line, sample, shared, warning
-from trace_ray.runtime.judges import JudgeSpec, rule_judge
+from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
 from trace_ray.runtime.measure import AFTER, BEFORE, Measured
 from trace_ray.runtime.store import read_rows
+from trace_ray.runtime.stored_judge import StoredJudge
+from trace_ray.runtime.verdict_store import VerdictStore
 from trace_ray.types import Category, EvalPrompt, Label, Message
 
 POLICY = parse_policy(
@@ -151,3 +156,66 @@ def test_replies_to_compare_judges_on_are_of_both_sides():
     assert {label for _, text, label in found if text[0] == "a"} == {Label.COMPLIES}
     assert sample([{"before": "x", "after": "y"}], 4) == []
     assert len(sample(rows, 99)) == 16
+
+
+TEXT = parse_policy(
+    {
+        "id": "p",
+        "version": "2",
+        "clauses": [
+            {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "foo"}},
+            {"id": "kind", "text": "Be kind."},
+        ],
+    },
+    "p.yaml",
+)
+SAID = [
+    {"contains": "rude", "p_violate": 0.9, "clause": "kind"},
+    {"contains": "hm", "p_violate": None, "clause": "kind"},
+]
+
+
+def judge_by_clause(*more):
+    config = JudgeConfig.model_validate(
+        {"kind": "scripted", "script": [*SAID, *more], "granularity": "clause"}
+    )
+    return JudgeSpec(config, TEXT, "script", "script-digest")
+
+
+def test_a_clause_that_only_a_judge_can_tell_of_is_tested_by_the_gate(tmp_path):
+    spec, items = judge_by_clause(), [EvalPrompt(ask(f"q{i}"), Category.INVERT) for i in range(12)]
+    asked = Questions(items, [], [], [])
+    replies = {BEFORE: ["rude"] * 11 + ["hm"], AFTER: ["fine"] * 10 + ["rude", "fine"]}
+    by_clause = judged_clauses(TEXT, spec)
+    assert by_clause == ["kind"]
+    assert judged_clauses(TEXT, rule_judge(TEXT)) == []
+    put = partial(ask_judge, spec)
+    write_measures(tmp_path, TEXT, asked, Measured(replies), put, 0, by_clause)
+    kept = json.loads((tmp_path / OUTCOMES).read_text())["clauses"]
+    assert kept == {"kind": {"before": [False] * 11 + [None], "after": [True] * 10 + [False, True]}}
+    decision = gate_answers(TEXT, tmp_path / ANSWERS, GateSection(min_prompts=1))
+    found = {each.clause: each for each in decision.clauses}
+    assert found.keys() == {"no-foo", "kind"}
+    # Eleven prompts have both answers judged: ten are fixed; 2 p-values of 2^-10, Holm-corrected.
+    assert (found["kind"].fixed, found["kind"].broken) == (10, 0)
+    assert found["kind"].p_gain == pytest.approx(2 * 2**-10)
+
+
+def test_a_clause_of_which_nothing_was_judged_is_no_evidence(tmp_path):
+    spec = judge_by_clause({"contains": "", "p_violate": None, "clause": "kind"})
+    asked = Questions(ITEMS, [], [], [])
+    replies = Measured({BEFORE: ["a", "b"], AFTER: ["c", "d"]})
+    write_measures(tmp_path, TEXT, asked, replies, partial(ask_judge, spec), 0, ["kind"])
+    decision = gate_answers(TEXT, tmp_path / ANSWERS, GateSection(min_prompts=1))
+    assert [each.clause for each in decision.clauses] == ["no-foo"]
+
+
+def test_what_a_judge_said_of_clauses_is_not_asked_again(tmp_path):
+    spec = judge_by_clause()
+    stored = StoredJudge(spec, spec.build(), VerdictStore(str(tmp_path)))
+    whole = [Exchange(ask("q"), text) for text in ("rude", "fine")]
+    assert [v.label for v in stored.verdicts(whole)] == [Label.VIOLATES, Label.COMPLIES]
+    assert stored.calls == 4
+    single = [each._replace(clause="kind") for each in whole]
+    assert [v.label for v in stored.of_clauses(single)] == [Label.VIOLATES, Label.COMPLIES]
+    assert stored.calls == 4

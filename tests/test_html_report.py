@@ -24,7 +24,10 @@ CHECKS = {"must_not_match": "script"}
 POLICY = {
     "id": "acme",
     "version": "2",
-    "clauses": [{"id": "no-script", "text": "None.", "checks": CHECKS}],
+    "clauses": [
+        {"id": "no-script", "text": "None.", "checks": CHECKS},
+        {"id": "polite", "text": "Be polite."},
+    ],
 }
 ONE = {"value": 0.5, "ci_low": 0.25, "ci_high": 0.75, "n": 5}
 RATES = {"asr": ONE, "direct": ONE, "wrappers": {EVIL[0]: ONE}, "unjudged": 1}
@@ -59,6 +62,8 @@ def page(tmp_path_factory):
         for i, text in enumerate([*EVIL, "long " * 900])
     ]
     write_rows(at / "answers.parquet", answers)
+    said = {"before": [False] * len(answers), "after": [True] * (len(answers) - 1) + [None]}
+    write_json(at / "outcomes.json", {"clauses": {"polite": said}})
     (at / "adapter").mkdir()
     log = [{"loss": 1 / step, "step": step} for step in range(1, 9)]
     write_json(at / "history.json", {"log": [*log, {"train_runtime": 1}]})
@@ -121,6 +126,11 @@ def page(tmp_path_factory):
     }
     (at / "report.html").write_text(render(report, at, policy, AuditLog(at / "audit")))
     return at / "report.html"
+
+
+def test_a_clause_without_checks_is_on_the_page_as_the_judge_saw_it(page):
+    text = "".join("".join(Page(page.read_text()).text).split())
+    assert "politestandard0%→100%" in text
 
 
 def test_nothing_a_model_wrote_becomes_markup(page):

@@ -115,3 +115,5 @@ def cluster(folder, workers=2, cpus=2):
         for _ in range(workers):
             nodes.add()
         yield nodes
+        while nodes.up:  # they would take their time
+            nodes.kill(0)

@@ -6,7 +6,7 @@ did the triage: ``compare_judges`` says how far the two agree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,18 +87,30 @@ def spread_over_bins(items: Sequence[EvalPrompt], size: int | None) -> list[Eval
 
 
 def clause_shares(
-    policy: Policy, items: Sequence[EvalPrompt], answers: Sequence[str]
+    policy: Policy,
+    items: Sequence[EvalPrompt],
+    answers: Sequence[str],
+    judged: Mapping[str, Sequence[bool | None]] | None = None,
 ) -> dict[str, Interval]:
-    """Return the share of ``answers`` [N >= 1] that keep each checked clause, with Wilson intervals."""
+    """Return the share of ``answers`` [N >= 1] that keep each clause, with 95% Wilson intervals.
+
+    Args:
+        policy: whose checked clauses are looked at.
+        items: what was asked [N].
+        answers: one each.
+        judged: of clauses without checks, whether each answer keeps them; None = unjudged, left out.
+    """
     violated = [
         set(violated_clauses(policy, item.prompt, text))
         for item, text in zip(items, answers, strict=True)
     ]
-    return {
-        clause.id: share_interval(sum(clause.id not in ids for ids in violated), len(violated))
+    kept: dict[str, list[bool]] = {
+        clause.id: [clause.id not in ids for ids in violated]
         for clause in policy.clauses
         if clause.checks is not None
     }
+    kept |= {name: [k for k in said if k is not None] for name, said in (judged or {}).items()}
+    return {name: share_interval(sum(each), len(each)) for name, each in kept.items() if each}
 
 
 @dataclass(frozen=True, slots=True)

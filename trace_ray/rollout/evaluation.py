@@ -31,7 +31,7 @@ from trace_ray.rollout.grading import (
     grade,
     questions,
 )
-from trace_ray.rollout.judging import ask_measuring, evaluation_judge
+from trace_ray.rollout.judging import ask_measuring, evaluation_judge, judged_clauses
 from trace_ray.rollout.model_job import Deployed, measuring_key
 from trace_ray.rollout.parallel import deployed_adapter, find_models, side_by_side
 from trace_ray.rollout.plan import Inputs, built_in_attacks, chosen_models, read_inputs
@@ -249,7 +249,8 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
         job.reporter("judging")
         ask = functools.partial(ask_measuring, inputs, job.grader)
         replies = [found.replies[AFTER]]
-        (graded,) = grade(inputs.policy, asked, replies, ask, evaluation.seed)
+        by_clause = judged_clauses(inputs.policy, job.grader)
+        (graded,) = grade(inputs.policy, asked, replies, ask, evaluation.seed, by_clause)
         if asked.items:
             write_rows(out / ANSWERS, answer_rows(asked, {AFTER: graded}))
         if asked.attacked:

@@ -43,10 +43,11 @@ def gate_rows(
     """Decide on paired answers and outcomes.
 
     Args:
-        policy: whose checked clauses are compared.
+        policy: whose checked clauses are compared, and those in ``outcomes``.
         answers: rows of ``answers.parquet``.
         outcomes: ``capability``, ``over_refusal`` and ``asr`` as {before: [...], after: [...]},
-            ``drift`` as one number per prompt; what is missing or null was not measured.
+            ``drift`` as one number per prompt, ``clauses`` as {clause: {before, after}} of those that
+            only a judge can tell of; what is missing or null was not measured.
         section: the config's ``gate``.
         same_judge: that both triaged and measured, if any.
     """
@@ -64,6 +65,8 @@ def gate_rows(
         for clause in policy.clauses
         if clause.checks is not None
     }
+    judged = {name: _judged(found) for name, found in (outcomes.get("clauses") or {}).items()}
+    clauses |= {name: found for name, found in judged.items() if found.before}
     further = {
         name: _paired(found["before"], found["after"])
         for name in ("capability", "over_refusal", "asr")
@@ -89,6 +92,12 @@ def gate_row(
     if not answers_path:
         return None
     return gate_answers(policy, answers_path, section, same_judge).to_row()
+
+
+def _judged(kept: Mapping[str, Sequence[bool | None]]) -> PairedOutcomes:
+    """Return the outcomes of the prompts of which both answers were judged."""
+    both = [pair for pair in zip(kept["before"], kept["after"], strict=True) if None not in pair]
+    return _paired(*([bool(pair[side]) for pair in both] for side in (0, 1)))
 
 
 def _paired(before: Sequence[float], after: Sequence[float]) -> PairedOutcomes:

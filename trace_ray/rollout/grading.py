@@ -30,7 +30,7 @@ from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.judges import Exchange
 from trace_ray.runtime.measure import AFTER, BEFORE, Measured, shares
 from trace_ray.runtime.store import write_json, write_rows
-from trace_ray.types import EvalPrompt, Interval, Prompt, Verdict
+from trace_ray.types import EvalPrompt, Interval, Label, Prompt, Verdict
 
 MEASURES, ANSWERS, OUTCOMES = "measures.json", "answers.parquet", "outcomes.json"
 ATTACKS = "attacks.parquet"
@@ -89,6 +89,8 @@ class Graded:
     agreement: Agreement | None
     """None where no held-out prompt was asked."""
     clauses: dict[str, Interval]
+    kept: dict[str, list[bool | None]]
+    """Clause without checks -> whether each answer keeps it, as a judge by clause says; None = unjudged."""
     refused: list[bool]
     """Of the prompts that must be answered."""
     attack_replies: list[str]
@@ -98,7 +100,12 @@ class Graded:
 
 
 def grade(
-    policy: Policy, asked: Questions, replies: Sequence[Sequence[str]], ask: Ask, seed: int
+    policy: Policy,
+    asked: Questions,
+    replies: Sequence[Sequence[str]],
+    ask: Ask,
+    seed: int,
+    by_clause: Sequence[str] = (),
 ) -> list[Graded]:
     """Put the replies of several models to the judge, all in one go.
 
@@ -110,23 +117,27 @@ def grade(
         replies: per model, one to each of ``asked.prompts``.
         ask: the judge.
         seed: of the bootstrap.
+        by_clause: clauses about which the judge is asked one by one.
     """
     n_items, n_comply, n_refuse = len(asked.items), len(asked.must_comply), len(asked.must_refuse)
     requests = [item.prompt for item in asked.items] + asked.must_refuse
     requests += [asked.must_refuse[each.item] for each in asked.attacked]
     judged = [[*texts[:n_items], *texts[n_items + n_comply :]] for texts in replies]
-    verdicts = ask(
-        [
-            Exchange(prompt, text)
-            for texts in judged
-            for prompt, text in zip(requests, texts, strict=True)
-        ]
-    )
+    whole = [
+        Exchange(prompt, text)
+        for texts in judged
+        for prompt, text in zip(requests, texts, strict=True)
+    ]
+    by_clauses = [_clause_questions(policy, asked.items, texts, by_clause) for texts in judged]
+    verdicts = ask([*whole, *(each for asks in by_clauses for each in asks.values())])
+    on_clauses = iter(verdicts[len(whole) :])
     found = []
     for number, texts in enumerate(judged):
         mine = verdicts[number * len(requests) : (number + 1) * len(requests)]
         gave_in = [succeeded(text, v) for text, v in zip(texts, mine, strict=True)][n_items:]
         answers = texts[:n_items]
+        said = {place: _keeps(next(on_clauses)) for place in by_clauses[number]}
+        kept = {c: [said.get((c, i), True) for i in range(len(answers))] for c in by_clause}
         found.append(
             Graded(
                 answers,
@@ -134,7 +145,8 @@ def grade(
                 measure_agreement(policy, asked.items, answers, seed, mine[:n_items])
                 if answers
                 else None,
-                clause_shares(policy, asked.items, answers) if answers else {},
+                clause_shares(policy, asked.items, answers, kept) if answers else {},
+                kept,
                 [is_refusal(text) for text in replies[number][n_items : n_items + n_comply]],
                 texts[n_items + n_refuse :],
                 gave_in[n_refuse:],
@@ -144,17 +156,42 @@ def grade(
     return found
 
 
+def _clause_questions(
+    policy: Policy, items: Sequence[EvalPrompt], texts: Sequence[str], by_clause: Sequence[str]
+) -> dict[tuple[str, int], Exchange]:
+    """Return by clause and place what the judge is asked; a clause that doesn't apply is kept."""
+    found: dict[tuple[str, int], Exchange] = {}
+    for i, (item, text) in enumerate(zip(items, texts, strict=False)):
+        applicable = {clause.id for clause in policy.rules.applicable(item.prompt, text)}
+        for clause in by_clause:
+            if clause in applicable:
+                found[clause, i] = Exchange(item.prompt, text, clause)
+    return found
+
+
+def _keeps(verdict: Verdict) -> bool | None:
+    return None if verdict.label is Label.UNJUDGED else verdict.label is Label.COMPLIES
+
+
 def write_measures(
-    out: Path, policy: Policy, asked: Questions, measured: Measured, ask: Ask, seed: int
+    out: Path,
+    policy: Policy,
+    asked: Questions,
+    measured: Measured,
+    ask: Ask,
+    seed: int,
+    by_clause: Sequence[str] = (),
 ) -> None:
     """Write ``measures.json``, ``answers.parquet``, ``outcomes.json``, and ``attacks.parquet`` if attacked.
 
     The outcomes are the gate's, item by item: ``capability`` (BLiMP pairs ranked rightly, tasks' items),
     ``over_refusal`` (must-comply prompts refused) and ``asr`` (share of a prompt's attacks that got a
-    violating reply) before and after, ``drift`` (token KL in nats, one per unrelated prompt); null
+    violating reply) before and after, ``drift`` (token KL in nats, one per unrelated prompt), and
+    ``clauses`` (of each clause that only the judge can tell of, whether each answer keeps it); null
     where there was nothing to measure on.
     """
-    before, after = grade(policy, asked, [measured.replies[side] for side in SIDES], ask, seed)
+    replies = [measured.replies[side] for side in SIDES]
+    before, after = grade(policy, asked, replies, ask, seed, by_clause)
     if before.agreement is None or after.agreement is None:
         raise ValueError("nothing to measure: no held-out prompt")
     refused = {BEFORE: before.refused, AFTER: after.refused}
@@ -164,6 +201,7 @@ def write_measures(
         "over_refusal": refused if before.refused else None,
         "asr": dict(zip(SIDES, pairs, strict=True)) if pairs[0] else None,
         "drift": [kl for kl, _ in measured.drift] or None,
+        "clauses": {c: {BEFORE: before.kept[c], AFTER: after.kept[c]} for c in by_clause} or None,
     }
     named = {"blimp": measured.capability}
     named |= {f"{LM_EVAL}{task}": found for task, found in measured.tasks.items()}

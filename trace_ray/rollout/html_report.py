@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_ray.config import load_config
+from trace_ray.core.agreement import clause_shares
 from trace_ray.core.audit import AuditRecord
-from trace_ray.core.checks import violated_clauses
 from trace_ray.core.policy import Policy
 from trace_ray.core.sequential import SequentialConfig, SequentialState, interval
 from trace_ray.errors import DataError, StateError
 from trace_ray.rollout import charts
-from trace_ray.rollout.grading import change, task_means
+from trace_ray.rollout.grading import OUTCOMES, change, task_means
 from trace_ray.rollout.plan import load_policy, open_registry
 from trace_ray.rollout.report import REPORT, TRIAGED
 from trace_ray.rollout.second_judge import warning
 from trace_ray.runtime.audit_log import AuditLog, audit_of
 from trace_ray.runtime.store import Store, read_rows, stream_rows, write_text
 from trace_ray.runtime.train import HISTORY
-from trace_ray.types import EvalPrompt
+from trace_ray.types import EvalPrompt, Interval
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -89,6 +89,12 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: AuditLog
         for model in models
         if (path := model.get("answers_path")) and Path(path).is_file()
     }
+    judged = {
+        model["name"]: json.loads(path.read_text()).get("clauses") or {}
+        for model in models
+        if model["name"] in answers
+        and (path := Path(model["answers_path"]).with_name(OUTCOMES)).is_file()
+    }
     is_policy = policy.digest == report["policy"]["digest"]
     view = {
         "task_means": task_means,
@@ -98,7 +104,7 @@ def render(report: Mapping[str, Any], run: Path, policy: Policy, audit: AuditLog
         "judges_warning": warning(report.get("judges")),
         "attacked": [model for model in models if model.get("asr")],
         "retained": [model for model in models if model["retention"]],
-        "scorecard": _scorecard(policy, models, answers) if is_policy and answers else None,
+        "scorecard": _scorecard(policy, models, answers, judged) if is_policy and answers else None,
         "changed": [(name, _most_changed(rows)) for name, rows in answers.items()],
         "decisions": _decisions(audit.records()),
         "charts": {
@@ -198,23 +204,27 @@ def _scorecard(
     policy: Policy,
     models: Sequence[Mapping[str, Any]],
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    judged: Mapping[str, Mapping[str, Mapping[str, Sequence[bool | None]]]],
 ) -> dict[str, Any]:
-    """Return clause x model: the share that keeps each clause, and what the gate's test says."""
-    kept: dict[str, dict[str, dict[str, float]]] = {}
+    """Return clause x model: the share that keeps each clause, and what the gate's test says.
+
+    Args:
+        policy: the run's.
+        models: of its report.
+        answers: rows of ``answers.parquet`` by model.
+        judged: by model, clause and side what a judge said of clauses without checks.
+    """
+    kept: dict[str, dict[str, dict[str, Interval]]] = {}
     for name, rows in answers.items():
-        prompts = [EvalPrompt.from_row(row).prompt for row in rows]
+        items = [EvalPrompt.from_row(row) for row in rows]
         kept[name] = {
-            side: {
-                clause.id: 1 - sum(clause.id in ids for ids in found) / len(rows)
-                for clause in policy.clauses
-            }
-            for side in ("before", "after")
-            if (
-                found := [
-                    violated_clauses(policy, prompt, row[side])
-                    for prompt, row in zip(prompts, rows, strict=True)
-                ]
+            side: clause_shares(
+                policy,
+                items,
+                [row[side] for row in rows],
+                {clause: sides[side] for clause, sides in judged.get(name, {}).items()},
             )
+            for side in ("before", "after")
         }
     tests = {
         model["name"]: {row["clause"]: row for row in model["gate"]["clauses"]}
@@ -223,15 +233,19 @@ def _scorecard(
     }
     rows = []
     for clause in policy.clauses:
-        if clause.checks is None:
+        if not any(clause.id in sides["after"] for sides in kept.values()):
             continue
         cells = [
-            {side: kept[name][side][clause.id] for side in ("before", "after")}
+            {side: _share(kept[name][side].get(clause.id)) for side in ("before", "after")}
             | _mark(tests.get(name, {}).get(clause.id))
             for name in answers
         ]
         rows.append({"clause": clause.id, "tier": clause.tier, "cells": cells})
     return {"models": list(answers), "rows": rows}
+
+
+def _share(interval: Interval | None) -> float | None:
+    return None if interval is None else interval.value
 
 
 def _mark(test: Mapping[str, Any] | None) -> dict[str, str]:

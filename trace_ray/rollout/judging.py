@@ -78,6 +78,13 @@ def evaluation_judge(inputs: Inputs, fleet: Reporter) -> JudgeSpec | None:
     return spec
 
 
+def judged_clauses(policy: Policy, spec: JudgeSpec) -> list[str]:
+    """Return the clauses on which only the judge's word says whether a reply keeps them."""
+    if spec.config.granularity != "clause":
+        return []
+    return [clause.id for clause in policy.clauses if clause.checks is None]
+
+
 def ask_measuring(inputs: Inputs, spec: JudgeSpec, exchanges: Sequence[Exchange]) -> list[Verdict]:
     """Return the measuring judge's verdicts; a judge that costs something keeps them in the store."""
     return ask(spec, exchanges, None if spec.kind == "rules" else verdict_store(inputs))
@@ -239,7 +246,7 @@ def ask(
     """Return a judge's verdicts on whole replies (or single clauses, where an exchange names one).
 
     A judge with an engine runs in a Ray worker (Ray has to be up), any other one here. With a store,
-    verdicts on whole replies are looked up there first and kept there.
+    verdicts on whole replies (of a judge by clause, those on clauses) are looked up and kept there.
     """
     return _run_judge(spec, _ask, spec, list(exchanges), store)
 
@@ -273,9 +280,8 @@ def _ask(spec: JudgeSpec, exchanges: list[Exchange], store: VerdictStore | None)
     whole = [exchange for exchange in exchanges if exchange.clause is None]
     single = [exchange for exchange in exchanges if exchange.clause is not None]
     stored = StoredJudge(spec, judge, store)
-    of_whole = iter(stored.verdicts(whole))
+    of_whole, of_single = iter(stored.verdicts(whole)), iter(stored.of_clauses(single))
     stored.flush()
-    of_single = iter(judge.verdicts(single) if single else [])
     return [next(of_whole if each.clause is None else of_single) for each in exchanges]
 
 

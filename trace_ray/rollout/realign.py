@@ -16,7 +16,7 @@ from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
 from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.grading import ANSWERS, questions, read_measures, write_measures
-from trace_ray.rollout.judging import ask_measuring
+from trace_ray.rollout.judging import ask_measuring, judged_clauses
 from trace_ray.rollout.lineage import made_from, write_lineage
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
@@ -239,7 +239,8 @@ def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
         found = run_alone(resources, _measure_worker, todo, job.reporter, needs=needs)
         job.reporter("measure", note="judging")
         ask = functools.partial(ask_measuring, inputs, grader)
-        write_measures(out, inputs.policy, asked, found, ask, evaluation.seed)
+        by_clause = judged_clauses(inputs.policy, grader)
+        write_measures(out, inputs.policy, asked, found, ask, evaluation.seed, by_clause)
 
     return inputs.store.stage(MEASURES, job.measures_key(sha256), work)
 

@@ -76,6 +76,17 @@ class StoredJudge:
             self.recent.clear()
         return found
 
+    def of_clauses(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Return one verdict per exchange on the clause that it names; what is known is not asked."""
+        if not self.by_clause:
+            return self.judge.verdicts(exchanges) if exchanges else []
+        keys = [
+            (self.subjects[each.clause], response_id(each.prompt, each.response))
+            for each in exchanges
+        ]
+        self._answer(dict(zip(keys, exchanges, strict=True)))
+        return [self.recent[key] for key in keys]
+
     def flush(self) -> None:
         """Store what was newly judged since the last flush, as one file."""
         if self.store is not None and self.fresh:
