@@ -47,7 +47,10 @@ class Redactor:
 
 
 class RecordWriter:
-    """Appends decisions to a draft and renames it when it is full, old or closed."""
+    """Appends decisions to a draft and renames it when it is full, old or closed; for any thread.
+
+    Serve checks an ingress's health, which finishes old files, beside the loop that answers requests.
+    """
 
     def __init__(
         self, folder: str, settings: Records, lost: Callable[[], None] = lambda: None
@@ -63,6 +66,7 @@ class RecordWriter:
         self._redact = Redactor(settings.redact)
         self.problem = ""
         """Why the last row that had to be kept was not written; empty = it was."""
+        self._one = threading.RLock()
         self._file: BinaryIO | None = None
         self._draft = self._folder
         self._rows, self._opened = 0, 0.0
@@ -123,13 +127,14 @@ class RecordWriter:
         """
         if self._settings.texts and texts is not None:
             row = dict(row) | {name: self._kept(value) for name, value in texts.items()}
-        if self._file is None:
-            self._open()
-        assert self._file is not None
-        _append(self._file, f"{json.dumps(row)}\n".encode())
-        self._rows += 1
-        with suppress(OSError):  # the row is there; ``tidy`` tries this again, and tells of it
-            self.rotate()
+        line = f"{json.dumps(row)}\n".encode()
+        with self._one:
+            if self._file is None:
+                self._file = self._open()
+            _append(self._file, line)
+            self._rows += 1
+            with suppress(OSError):  # the row is there; ``tidy`` tries this again, and tells of it
+                self.rotate()
 
     def rotate(self, *, close: bool = False) -> None:
         """Finish the current file where it is full or old, or ``close`` asks for it.
@@ -137,13 +142,14 @@ class RecordWriter:
         Raises:
             OSError: the disk refuses it.
         """
-        old = time.monotonic() - self._opened >= self._settings.seconds
-        if self._file is None or not (close or old or self._rows >= self._settings.rows):
-            return
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self._draft.rename(self._draft.with_name(self._draft.name.removeprefix(".")))
+        with self._one:
+            old = time.monotonic() - self._opened >= self._settings.seconds
+            if self._file is None or not (close or old or self._rows >= self._settings.rows):
+                return
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            self._draft.rename(self._draft.with_name(self._draft.name.removeprefix(".")))
 
     def _kept(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -154,12 +160,12 @@ class RecordWriter:
             return {name: self._kept(item) for name, item in value.items()}
         return value
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.{time.time_ns() % 10**9:09d}"
         name = f"{_DRAFT}{stamp}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self._draft = self._folder / name
-        self._file = self._draft.open("ab", buffering=0)
         self._rows, self._opened = 0, time.monotonic()
+        return self._draft.open("ab", buffering=0)
 
     def _recover(self) -> None:
         for draft in self._folder.glob(f"{_DRAFT}*-{socket.gethostname()}-*.jsonl"):
