@@ -535,7 +535,7 @@ serve:
   shadow_policy: %s
 """
     fleet.write_text(text % "p.yaml")
-    found = _compliance(str(fleet), load_config(fleet))
+    found, _ = _compliance(str(fleet), load_config(fleet))
     assert found is not None
     assert (found.mode, found.fail, found.judge) == ("block", "closed", None)
     assert found.policy == found.shadow_policy == str(tmp_path / "p.yaml")
