@@ -59,31 +59,16 @@ def wait_for_triage(folder, process):
         time.sleep(0.3)
 
 
-def test_a_running_apply_holds_the_fleet_and_can_be_cancelled(folder):
-    """A judge that takes its time; a second apply; cancel, as if a script had started it with ``&``."""
+def test_a_running_apply_holds_the_fleet_till_it_is_taken_over_or_cancelled(folder):
+    """A judge that takes its time; other applies; cancel, as if a script had started them with ``&``."""
     first = slow_apply(folder)
     wait_for_triage(folder, first)
-    second = here("apply", folder / "fleet.yaml")
-    assert second.returncode == 2
-    assert f"process {first.pid}" in second.stderr
+    refused = here("apply", folder / "fleet.yaml")
+    assert refused.returncode == 2
+    assert f"process {first.pid}" in refused.stderr
     shown = here("status", folder / "fleet.yaml")
     assert "running" in shown.stdout
     assert f"process {first.pid}" in shown.stdout
-    asked = trace_ray("cancel", folder / "fleet.yaml")
-    assert asked.returncode == 0, asked.stderr
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == 130, said
-    assert "stopped: cancelled by" in said
-    assert "Traceback" not in said
-    assert "stopped (cancelled by" in here("status", folder / "fleet.yaml").stdout
-    again = here("cancel", folder / "fleet.yaml")
-    assert again.returncode == 2
-    assert "nothing runs" in again.stderr
-
-
-def test_force_unlock_takes_the_fleet_from_an_apply_that_then_stops(folder):
-    first = slow_apply(folder)
-    wait_for_triage(folder, first)
     second = slow_apply(folder, "--force-unlock")
     _, lost = first.communicate(timeout=120)
     assert first.returncode == 130, lost
@@ -93,11 +78,18 @@ def test_force_unlock_takes_the_fleet_from_an_apply_that_then_stops(folder):
     record = state_of(folder).read()
     assert record is not None
     assert record.status == "running"
-    assert here("cancel", folder / "fleet.yaml").returncode == 0
+    asked = trace_ray("cancel", folder / "fleet.yaml")
+    assert asked.returncode == 0, asked.stderr
     _, said = second.communicate(timeout=60)
     assert second.returncode == 130, said
     assert f"process {first.pid}" in said
     assert said.count("--force-unlock") == 1
+    assert "stopped: cancelled by" in said
+    assert "Traceback" not in said
+    assert "stopped (cancelled by" in here("status", folder / "fleet.yaml").stdout
+    again = here("cancel", folder / "fleet.yaml")
+    assert again.returncode == 2
+    assert "nothing runs" in again.stderr
 
 
 @pytest.fixture(scope="module")
