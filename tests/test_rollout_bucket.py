@@ -1,16 +1,12 @@
 """A rollout whose storage is a bucket: operators of several machines, none with a disk of the others."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import boto3
 import pytest
 import yaml
-from test_rollout_command import NAMES, NEW, OLD, ROOT, record, write_adapter
+from test_rollout_command import NAMES, NEW, OLD, die_in_a_promotion, record, write_adapter
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
@@ -128,19 +124,7 @@ def test_one_machine_serves_another_rolls_out_a_third_rolls_back(fleet, monkeypa
 
 
 def test_a_promotion_that_died_on_one_machine_is_finished_on_another(fleet, monkeypatch):
-    code = (
-        "import os, signal\n"
-        "from trace_ray.runtime.registry import Registry\n"
-        "from trace_ray.rollout.promotion import Rollouts\n"
-        "moved = Registry.move_alias\n"
-        "def die(self, *args):\n"
-        "    moved(self, *args)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Registry.move_alias = die\n"
-        f"Rollouts({str(fleet / 'fleet.yaml')!r}).promote()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    die_in_a_promotion(fleet)
     monkeypatch.setenv(COPY, str(fleet / "bob"))
     assert followed(fleet) is None, "nobody serves a fleet that is promoted in part"
     assert "cut short" in rollout(fleet, "status").output

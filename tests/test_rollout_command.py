@@ -292,7 +292,8 @@ def test_killed_after_any_step_it_is_finished_once(gated, monkeypatch, step):
     assert journal(gated).pending() is None
 
 
-def test_a_real_sigkill_leaves_no_lock_and_serve_finishes(gated):
+def die_in_a_promotion(fleet):
+    """SIGKILL a promotion right after its first alias move."""
     code = (
         "import os, signal\n"
         "from trace_ray.runtime.registry import Registry\n"
@@ -302,10 +303,14 @@ def test_a_real_sigkill_leaves_no_lock_and_serve_finishes(gated):
         "    moved(self, *args)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "Registry.move_alias = die\n"
-        f"Rollouts({str(gated / 'fleet.yaml')!r}).promote()\n"
+        f"Rollouts({str(fleet / 'fleet.yaml')!r}).promote()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, timeout=120)
     assert done.returncode == -signal.SIGKILL
+
+
+def test_a_real_sigkill_leaves_no_lock_and_serve_finishes(gated):
+    die_in_a_promotion(gated)
     assert aliases(gated, "one") != NEW
     with pytest.raises(ModelError):  # there is no base to serve here, but the rest was done first
         serve_config(str(gated / "fleet.yaml"))
