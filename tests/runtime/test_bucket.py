@@ -60,6 +60,10 @@ def one_file(text="1"):
     return work
 
 
+def fitted(out: Path) -> None:
+    (out / "adapter_config.json").write_text("{}")
+
+
 def never(out: Path) -> None:
     raise AssertionError("the stage is done already")
 
@@ -253,7 +257,9 @@ def test_operators_of_two_machines_wait_for_each_other(bucket, monkeypatch):
 
 
 def test_a_copy_over_its_limit_loses_what_was_longest_unused(store, bucket, monkeypatch):
-    """Three stages of 1 kB each, a limit of 2.5 kB: the newest of the unused two stays."""
+    """Three stages of 1 kB each, a limit of 2.9 kB: the newest of the unused two stays."""
+    adapter = store.stage("judge", {}, fitted)
+    os.utime(adapter.path, (0, 0))
     stages = [store.stage("pairs", {"n": n}, one_file("x" * 1000)).path for n in range(3)]
     used = stages.pop(0)
     for days, path in zip((3, 2), stages, strict=True):
@@ -266,6 +272,7 @@ def test_a_copy_over_its_limit_loses_what_was_longest_unused(store, bucket, monk
     monkeypatch.setenv(LIMIT_ENV, "1e-9")
     keep_within_limit(store)
     assert [path.exists() for path in (used, *stages)] == [True, False, False]
+    assert adapter.path.exists(), "an endpoint may be serving it"
     again = store.stage("pairs", {"n": 1}, never)  # out of the bucket, not made anew
     assert (again.path, again.reused) == (stages[0], True)
     monkeypatch.setenv(LIMIT_ENV, "lots")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trace_ray.errors import ConfigError
-from trace_ray.runtime.store import RECORD, Store
+from trace_ray.runtime.store import ADAPTER_CONFIG, RECORD, Store
 
 LIMIT_ENV = "TRACE_RAY_CACHE_GB"
 """Environment variable: gigabytes of a bucket's copy on this node; unset = no limit."""
@@ -56,7 +56,8 @@ def keep_within_limit(store: Store) -> list[Stale]:
     """Remove finished stages from a bucket's copy, the longest unused first, where it is too large.
 
     ``TRACE_RAY_CACHE_GB`` is the limit. What was used within ``IN_USE_S`` stays in any case, and so does
-    what is no stage (base models, adapters). A stage that is needed again comes from the bucket.
+    what an endpoint may be serving: base models and whatever holds an adapter. A stage that is needed again
+    comes from the bucket.
 
     Raises:
         ConfigError: the limit is no number.
@@ -73,7 +74,8 @@ def keep_within_limit(store: Store) -> list[Stale]:
     for stale in sorted(found, key=lambda each: -each.idle_s):
         if over <= 0:
             break
-        if store.bucket.holds(stale.path / RECORD):
+        served = any(stale.path.rglob(ADAPTER_CONFIG))
+        if not served and store.bucket.holds(stale.path / RECORD):
             remove(stale)
             gone.append(stale)
             over -= stale.size

@@ -30,7 +30,7 @@ from trace_ray.version import code_version
 
 RECORD = "stage.json"
 _BATCH = 4096
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,8 @@ class Store:
             given = self.adapters / f"given-{adapter_sha256(folder)[:16]}"
             shutil.copytree(folder, given, dirs_exist_ok=True)
             folder = given
-        if not self.bucket.holds(folder / _ADAPTER_CONFIG):
-            self.bucket.push(folder, last=_ADAPTER_CONFIG)
+        if not self.bucket.holds(folder / ADAPTER_CONFIG):
+            self.bucket.push(folder, last=ADAPTER_CONFIG)
         return folder
 
 

@@ -18,7 +18,7 @@ from trace_ray.rollout.plan import load_policy
 from trace_ray.runtime.journal import FOLDER
 from trace_ray.runtime.state_files import StateFiles, state_files
 from trace_ray.runtime.store import Store
-from trace_ray.serve.storage import ServedBucket, store_of
+from trace_ray.serve.storage import ServedBucket
 
 DEFAULT_ALIAS = "champion"
 """The bare model name means the adapter with this alias, where there is one."""
@@ -148,7 +148,9 @@ class Follow(Section):
     @property
     def store(self) -> Store:
         """The fleet's store, by this process's AWS variables."""
-        return store_of(self.storage, self.bucket)
+        if self.bucket is None:
+            return Store(self.storage)
+        return ServedBucket(url=self.bucket, root=self.storage).store
 
     @property
     def rollout(self) -> StateFiles:

@@ -22,11 +22,6 @@ from trace_ray.runtime.store import Store
 _log = logging.getLogger("ray.serve")
 
 
-def store_of(root: str, url: str | None) -> Store:
-    """Return a store by this process's AWS variables; ``url`` None = it is a folder."""
-    return Store(root, None if url is None else Bucket(url, root, S3Access.from_environment()))
-
-
 class ServedBucket(Section):
     """A bucket from which nodes fetch what they serve."""
 
@@ -46,9 +41,14 @@ class ServedBucket(Section):
         Needs.of(self.store, [base for base in self.bases if base.path == path]).fetch()
 
     @property
+    def bucket(self) -> Bucket:
+        """The bucket, by this process's AWS variables."""
+        return Bucket(self.url, self.root, S3Access.from_environment())
+
+    @property
     def store(self) -> Store:
-        """The fleet's store, by this process's AWS variables."""
-        return store_of(self.root, self.url)
+        """The fleet's store in it."""
+        return Store(self.root, self.bucket)
 
 
 class RecordSender:
@@ -74,8 +74,7 @@ class RecordSender:
         """
         if bucket is None or folder is None:
             return None
-        served = ServedBucket.model_validate(bucket)
-        return cls(Bucket(served.url, served.root, S3Access.from_environment()), folder)
+        return cls(ServedBucket.model_validate(bucket).bucket, folder)
 
     def soon(self) -> None:
         """Send from another thread, unless that is under way."""
