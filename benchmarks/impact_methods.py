@@ -2,16 +2,17 @@
 
 Each scores the same conflicts along the same g_J, in turns: ``jvp``, ``ghost`` and ``fd`` in float32
 and ``ghost`` under bfloat16 autocast. A plain forward pass is the log-probabilities of the same
-responses in the same rows. Errors are those of the whole vector of raw scores against ``jvp``'s. Rows are
-hh-rlhf pairs, categories dealt out in turns: the weights mean nothing here, the work is the same.
+responses in the same rows. Errors are those of the whole vector of raw scores against ``jvp``'s.
+
+Rows are hh-rlhf pairs with fixed categories (the weights mean nothing here, the work is the same), or
+what ``--triaged`` names: a triage's folder in a storage. ``--adapter`` scores at a deployed adapter, of
+its shape: then both LoRA factors count, and of ``all-linear`` ones every layer.
 Prints a table, then one JSON line per method.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -21,13 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
 
-from trace_ray.config import TrainingConfig
+from benchmarks.hh_rows import triaged_rows
+from benchmarks.table import cpu_name
 from trace_ray.core.derivatives import Params
-from trace_ray.data.sources import parse_rows
+from trace_ray.models.families import load_tokenizer
 from trace_ray.models.references import resolve_model
 from trace_ray.models.scorer import Conflict, Scorer
 from trace_ray.runtime.score import conflicts_of, gold_of
-from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
+from trace_ray.runtime.score_file import score_config
+from trace_ray.runtime.triaged import TriagedRows
 
 METHODS = {
     "jvp": {"method": "jvp"},
@@ -37,18 +40,8 @@ METHODS = {
 }
 TURN = 16
 """Conflicts that one method scores before the next has its turn."""
-DATA = Path(os.environ.get("TRACE_RAY_DATA", "."), "hh_rlhf_harmless.jsonl.gz")
-
-
-def triaged_rows(source: Path, n: int) -> list[TriagedPair]:
-    """Return ``n`` pairs of hh-rlhf, two in three of them conflicts."""
-    verdict = Verdict(Label.VIOLATES, 1.0, "benchmark")
-    pairs = (row for row in parse_rows(source, "hh-rlhf") if isinstance(row, PreferencePair))
-    kinds = itertools.cycle((Category.INVERT, Category.PUNISH, Category.RETAIN))
-    return [
-        TriagedPair(pair, kind, verdict)
-        for pair, kind in zip(itertools.islice(pairs, n), kinds, strict=False)
-    ]
+FRESH = {"r": 8, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+"""The adapter's shape where none is deployed."""
 
 
 def timed(scorer: Scorer, rows: list[Conflict], direction: Params) -> tuple[list[float], float]:
@@ -73,29 +66,32 @@ def ranks_agree(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def main(
     base: str = "demo:smollm2",
-    data: Path = DATA,
+    adapter: Path | None = None,
+    triaged: Path | None = None,
     conflicts: int = 64,
     gold: int = 6,
     seconds: float = typer.Option(600, help="Report on the conflicts that are done by then."),
     threads: int = 2,
-    batch_tokens: int = typer.Option(0, help="Of impact.batch_tokens; 0 is its default."),
+    batch_tokens: int = 1024,
     max_length: int = 256,
 ) -> None:
     """Time the methods in turns and compare their scores."""
     torch.set_num_threads(threads)
     folder = resolve_model(base, None, Path(".trace-ray/models")).path
-    triaged = triaged_rows(data, conflicts * 3 // 2)
-    rows = conflicts_of(triaged)
+    pairs = (
+        list(TriagedRows(triaged))
+        if triaged
+        else triaged_rows(load_tokenizer(folder), conflicts * 5 // 3, max_length)
+    )
+    rows = conflicts_of(pairs)[:conflicts]
     scorers: dict[str, Scorer] = {}
     for name, settings in METHODS.items():
-        impact = {**settings, "gold_batch": gold}
-        impact |= {"batch_tokens": batch_tokens} if batch_tokens else {}
-        lora = {"r": 8, "alpha": 8, "dropout": 0, "targets": ["q_proj", "v_proj"]}
-        config = TrainingConfig.model_validate(
-            {"lora": lora, "impact": impact, "max_length": max_length}
-        )
-        scorers[name] = Scorer(folder, None, config)
-    direction = scorers["ghost"].direction(gold_of(triaged, scorers["ghost"].config))
+        impact = {"gold_batch": gold, "batch_tokens": batch_tokens} | settings
+        options = {f"impact.{key}": value for key, value in impact.items()}
+        lora = {} if adapter else FRESH
+        config, _ = score_config(options | {"max_length": max_length}, lora, adapter)
+        scorers[name] = Scorer(folder, adapter, config)
+    direction = scorers["ghost"].direction(gold_of(pairs, scorers["ghost"].config))
     raw: dict[str, list[float]] = {name: [] for name in METHODS}
     wall_s = dict.fromkeys([*METHODS, "forward"], 0.0)
     plain_forward(scorers["ghost"], rows[:1])  # warms up
@@ -125,7 +121,9 @@ def main(
                 "spearman": ranks_agree(got, exact),
                 "pairs": len(got),
                 "base": base,
+                "deployed": adapter is not None,
                 "threads": threads,
+                "cpu": cpu_name(),
             }
         )
     show(found)

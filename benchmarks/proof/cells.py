@@ -12,10 +12,11 @@ import yaml
 from trace_ray.types import content_digest
 
 Data = Literal["synthetic", "hh"]
-Variant = Literal["ours", "kept", "nll", "paper"]
+Variant = Literal["ours", "kept", "robust", "nll", "paper"]
 """``ours``: the NLL term on preferred responses, and the examples' weights; ``kept``: the same, and
-retained pairs keep their preference (``retain_preference``); ``nll``: the NLL term alone, with the paper's
-weights; ``paper``: the paper's loss and weights."""
+retained pairs keep their preference (``retain_preference``); ``robust``: ``kept`` with the share of flipped
+labels as ``label_smoothing``; ``nll``: the NLL term alone, with the paper's weights; ``paper``: the paper's
+loss and weights."""
 ROOT = Path(__file__).resolve().parents[2]
 STORAGE = ".trace-ray/proof"
 
@@ -67,8 +68,10 @@ class Cell:
         realign["training"]["objective"] = self.objective
         realign["flip_labels"] = self.flip_labels
         realign["training"].pop("retain_preference", None)
-        if self.variant == "kept":
+        if self.variant in ("kept", "robust"):
             realign["training"]["retain_preference"] = KEPT
+        if self.variant == "robust":
+            realign["training"]["label_smoothing"] = self.flip_labels
         if self.variant == "paper":
             realign["training"]["rpo_alpha"] = 0.0
         if self.variant in ("nll", "paper"):
@@ -110,6 +113,11 @@ def all_cells() -> list[Cell]:
         Cell("synthetic", "smollm2", objective, flip_labels=share)
         for share in (0.1, 0.2)
         for objective in ("trace", "naive_dpo")
+    ]
+    cells += [
+        Cell("synthetic", "smollm2", "trace", flip_labels=share, variant=variant)
+        for share in (0.1, 0.2)
+        for variant in ("kept", "robust")
     ]
     cells += [Cell("synthetic", "gemma3", objective) for objective in ("trace", "naive_dpo")]
     cells.append(Cell("synthetic", "gemma3", "trace", variant="kept"))

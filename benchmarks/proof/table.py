@@ -37,9 +37,10 @@ def main() -> None:
         "Made by `python -m benchmarks.proof.run && python -m benchmarks.proof.table`. Agreement (TPA) is "
         "judged by the policy's checks, not by the judge that did the triage. `paper` marks the paper's "
         "loss and weights; `nll` adds the NLL term of `rpo_alpha`; the other lines have tempered weights "
-        "by category too, as the examples do, and `kept` also `retain_preference: 0.3`. TPA and BLiMP in "
-        "points, KL in nats; brackets are 95% intervals, those of invert, punish and retain the mean of "
-        "their seeds' intervals.",
+        "by category too, as the examples do, and `kept` also `retain_preference: 0.3`, `robust` besides "
+        "it the share of flipped labels as `label_smoothing`. TPA and BLiMP in points, KL in nats; "
+        "brackets are 95% intervals, those of invert, punish and retain the mean of their seeds' "
+        "intervals.",
     ]
     for (data, model), title in _tables(lines):
         parts += [f"## {title}", _table(data, model, lines)]

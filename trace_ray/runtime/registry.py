@@ -9,21 +9,20 @@ no global state of MLflow is touched.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_ray.core.promotion import AliasMove
-from trace_ray.errors import ModelError, RegistryError
+from trace_ray.errors import RegistryError
 from trace_ray.models.adapters import CONFIG, WEIGHTS, adapter_sha256, write_meta
 from trace_ray.models.fingerprint import FINGERPRINT
+from trace_ray.runtime.adapter_cache import fetch_adapter
 from trace_ray.runtime.aliases import Aliases
 from trace_ray.runtime.mlflow_client import first_line, open_client, require_answer, told
 from trace_ray.runtime.records import (
@@ -190,7 +189,7 @@ class Registry:
             raise RegistryError(
                 f"{reference}: has no tag adapter_sha256; it wasn't registered here"
             )
-        path = self._download(reference, found, sha256, Path(cache))
+        path = fetch_adapter(self._client, self.uri, found, sha256, Path(cache))
         return DeployedAdapter(
             path,
             tags.get("adapter_id") or f"{found.name}-v{found.version}",
@@ -227,43 +226,6 @@ class Registry:
             else:
                 hint = f"{name} has versions {', '.join(str(item.version) for item in known)}"
             raise RegistryError(f"{reference}: not in {self.uri}: {hint}") from None
-
-    def _download(self, reference: str, found: ModelVersion, sha256: str, cache: Path) -> Path:
-        """Return an adapter's cached folder, filled by one rename; a damaged one is replaced."""
-        from mlflow.artifacts import download_artifacts
-
-        final = cache / sha256[:16]
-        if final.exists():
-            with contextlib.suppress(ModelError):
-                if adapter_sha256(final) == sha256:
-                    return final
-        draft = cache / f".{sha256[:16]}.tmp-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        draft.mkdir(parents=True)
-        try:
-            with told(self.uri, f"{reference} can't be downloaded"):
-                downloaded = download_artifacts(
-                    artifact_uri=self._location(found),
-                    dst_path=str(draft),
-                    tracking_uri=self.uri,
-                    registry_uri=self.uri,
-                )
-            _require_sha256(reference, Path(downloaded), sha256)
-            if final.exists():
-                final.rename(draft / "damaged")
-                shutil.rmtree(draft / "damaged")
-            Path(downloaded).rename(final)
-        except OSError:
-            # Another process published the same adapter first.
-            _require_sha256(reference, final, sha256)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return final
-
-    def _location(self, found: ModelVersion) -> str:
-        """Where a version's files are; asked by id, not through MLflow's global registry."""
-        if found.model_id:
-            return self._client.get_logged_model(found.model_id).artifact_location
-        return self._client.get_model_version_download_uri(found.name, found.version)
 
     def _existing(self, name: str, record: AdapterRecord) -> ModelVersion | None:
         wanted = (record.adapter_sha256, record.policy_digest)
@@ -387,15 +349,3 @@ class Registry:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _require_sha256(reference: str, folder: Path, sha256: str) -> None:
-    try:
-        found = adapter_sha256(folder)
-    except ModelError as error:
-        raise RegistryError(f"{reference}: its artifacts are incomplete: {error}") from None
-    if found != sha256:
-        raise RegistryError(
-            f"{reference}: its files are adapter {found[:8]}, but {sha256[:8]} was registered; "
-            "someone changed them in the artifact store: do not use this version, register again"
-        )
