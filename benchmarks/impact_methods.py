@@ -20,7 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from benchmarks.hh_rows import triaged_rows
 from benchmarks.table import cpu_name
@@ -61,7 +61,7 @@ def plain_forward(scorer: Scorer, rows: list[Conflict]) -> None:
 
 def ranks_agree(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return Spearman's rank correlation."""
-    return float(torch.corrcoef(torch.tensor([rankdata(a), rankdata(b)]))[0, 1])
+    return float(spearmanr(a, b)[0])
 
 
 def main(

@@ -1,7 +1,9 @@
 """The judge on Ray Data against raw vLLM on the same prompts, and against one call after another.
 
-All three sides run SmolLM2 (or ``--model``) with the same threads in a worker of their own, one after
-another, and read one token's probability per reply; engine start and the first batch are not timed.
+All sides run SmolLM2 (or ``--model``) with the same threads in a worker of their own, in turns, and read
+one token's probability per reply; engine start and the first batch are not timed. Ratios are taken
+within each round, and the median of the rounds is printed. The policy is the quickstart's, with clauses
+added up to about ``--policy-tokens``: what a shared prefix saves depends on how long it is.
 
 - both: ``triage_pairs``, the whole path from parquet to parquet, both replies of each pair judged so
   that it asks exactly what the others ask.
@@ -13,11 +15,13 @@ another, and read one token's probability per reply; engine start and the first 
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,9 @@ import typer
 from benchmarks.table import report
 from benchmarks.triage import make_pairs
 from trace_ray.config import JudgeConfig
+from trace_ray.core.judge_prompt import policy_prefix
 from trace_ray.core.policy import Policy
+from trace_ray.models.families import load_tokenizer
 from trace_ray.models.references import resolve_model
 from trace_ray.rollout.plan import load_policy
 from trace_ray.runtime.cluster import connected, run_alone
@@ -57,7 +63,6 @@ class Marks:
 def questions(policy: Policy, pairs: Sequence[PreferencePair], model_dir: str) -> list[list[int]]:
     """Return the token ids of the questions about both replies of each pair."""
     from trace_ray.models.chat import encode_prompt
-    from trace_ray.models.families import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir)
     return [
@@ -116,9 +121,55 @@ def violating(policy: Policy, pairs: Sequence[PreferencePair]) -> float:
     return found.count(Label.VIOLATES) / len(found)
 
 
+def lengthened(policy: Policy, tokenizer: Any, tokens: int) -> Policy:
+    """Return the policy with its clauses over again, numbered, until it has so many tokens."""
+    clauses = list(policy.clauses)
+    for n in itertools.count(2):
+        for clause in policy.clauses:
+            grown = policy.model_copy(update={"clauses": tuple(clauses)})
+            if len(tokenizer(policy_prefix(grown)).input_ids) >= tokens:
+                return grown
+            clauses.append(
+                clause.model_copy(
+                    update={"id": f"{clause.id}-{n}", "text": f"In case {n}: {clause.text}"}
+                )
+            )
+    raise AssertionError
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Pairs per second of each side."""
+
+    raw: float
+    both: float
+    ours: float
+    reference: float
+    asked: float
+    """Questions a pair of ours."""
+
+
+def run_round(spec: JudgeSpec, folder: Path, pairs: int, batch: int, reference: int) -> Round:
+    """Measure each side once."""
+    source = folder / "pairs"
+    make_pairs(source, pairs)
+    rows = [PreferencePair.from_row(row) for row in read_rows(source)]
+    resources = spec.config.resources
+    alone = run_alone(resources, raw, spec, rows, batch, False)
+    both, chosen, _ = ours(spec, source, folder / "both", pairs)
+    needed = spec.config.model_copy(update={"judge_both": False})
+    cut = sorted(chosen, reverse=True)[round(violating(spec.policy, rows) * pairs)]
+    lean = replace(spec, config=needed, threshold=cut)
+    whole, _, asked = ours(lean, source, folder / "ours", pairs)
+    peer = run_alone(resources, raw, spec, rows[: reference + 2], 2, True)
+    return Round(alone, both, whole, peer, asked / pairs)
+
+
 def main(
     model: str = "demo:smollm2",
     policy: str = "examples/policy-2026.2.yaml",
+    policy_tokens: int = typer.Option(650, help="0 = the policy as it is."),
+    rounds: int = 3,
     pairs: int = typer.Option(256, help="Of ours and raw."),
     batch: int = typer.Option(64, help="Pairs of a batch of ours; the first one is not timed."),
     reference: int = typer.Option(20, help="Pairs of the reference; two more are not timed."),
@@ -137,37 +188,54 @@ def main(
             "resources": {"threads": threads},
         }
     )
-    spec = JudgeSpec(config, load_policy(policy), "bench", "bench", model_dir=str(folder))
-    with tempfile.TemporaryDirectory() as name, connected():
-        source = Path(name, "pairs")
-        make_pairs(source, pairs)
-        rows = [PreferencePair.from_row(row) for row in read_rows(source)]
-        alone = run_alone(config.resources, raw, spec, rows, batch, False)
-        both, chosen, _ = ours(spec, source, Path(name, "both"), pairs)
-        needed = config.model_copy(update={"judge_both": False})
-        cut = sorted(chosen, reverse=True)[round(violating(spec.policy, rows) * pairs)]
-        lean = replace(spec, config=needed, threshold=cut)
-        whole, _, asked = ours(lean, source, Path(name, "ours"), pairs)
-        peer = run_alone(config.resources, raw, spec, rows[: reference + 2], 2, True)
+    tokenizer = load_tokenizer(folder)
+    text = lengthened(load_policy(policy), tokenizer, policy_tokens)
+    spec = JudgeSpec(config, text, "bench", "bench", model_dir=str(folder))
+    found: list[Round] = []
+    with connected():
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as name:
+                found.append(run_round(spec, Path(name), pairs, batch, reference))
+
+    def middle(of: Callable[[Round], float]) -> float:
+        return statistics.median(map(of, found))
+
+    shares = [each.both / each.raw for each in found]
+    read = len(tokenizer(policy_prefix(text)).input_ids)
     report(
         "judge",
-        {"model": model, "pairs": pairs, "batch": batch, "threads": threads},
+        {"model": model, "pairs": pairs, "batch": batch, "threads": threads, "policy_tokens": read},
         [
-            {"measure": "share_of_raw", "value": both / alone, "target": ">= 0.90"},
-            {"measure": "speedup", "value": whole / peer, "target": ">= 10", "note": "reference"},
+            {
+                "measure": "share_of_raw",
+                "value": statistics.median(shares),
+                "target": ">= 0.90",
+                "note": f"{min(shares):.2f} to {max(shares):.2f} over {rounds} rounds",
+            },
+            {
+                "measure": "speedup",
+                "value": middle(lambda each: each.ours / each.reference),
+                "target": ">= 10",
+                "note": f"over the reference, policy of {read} tokens",
+            },
             {
                 "measure": "ours",
-                "value": whole,
+                "value": middle(lambda each: each.ours),
                 "unit": "pairs/s",
-                "note": f"{asked / pairs:.2f} questions a pair",
+                "note": f"{found[0].asked:.2f} questions a pair",
             },
-            {"measure": "both", "value": both, "unit": "pairs/s", "note": "2 questions a pair"},
-            {"measure": "raw", "value": alone, "unit": "pairs/s"},
+            {
+                "measure": "both",
+                "value": middle(lambda each: each.both),
+                "unit": "pairs/s",
+                "note": "2 questions a pair",
+            },
+            {"measure": "raw", "value": middle(lambda each: each.raw), "unit": "pairs/s"},
             {
                 "measure": "reference",
-                "value": peer,
+                "value": middle(lambda each: each.reference),
                 "unit": "pairs/s",
-                "note": f"{reference} pairs",
+                "note": f"{reference} pairs a round",
             },
         ],
     )

@@ -11,39 +11,76 @@ import torch
 from trace_ray.config import EngineConfig
 from trace_ray.errors import ModelError
 from trace_ray.models.engine import AdapterPath, Engine, engine_env, engine_kwargs
-from trace_ray.models.vllm_cpu_lora import add_lora, group_rows
+from trace_ray.models.lora_batch import FEW, add_lora, by_adapter, layer_weights
 from trace_ray.testing import tiny_adapter, tiny_model, tiny_tokenizer
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = EngineConfig(dtype="float32", max_model_len=256, max_loras=2, max_lora_rank=16)
 
 
-def test_group_rows() -> None:
-    groups = group_rows([-1, 1, 1, 0, -1, 0])
-    assert [slot for slot, _ in groups] == [1, 0]
-    assert groups[0][1] == slice(1, 3)
-    assert groups[1][1].tolist() == [3, 5]
-    assert group_rows([-1, -1]) == []
+def test_rows_by_adapter() -> None:
+    batch = by_adapter([-1, 1, 1, 0, -1, 0], 2)
+    assert [slot for slot, _ in batch.groups] == [1, 0]
+    assert batch.groups[0][1] == slice(1, 3)
+    assert batch.groups[1][1].tolist() == [3, 5]
+    assert batch.tile is None
+    assert batch.apart == batch.groups
+    assert by_adapter([-1, -1], 2).groups == []
 
 
-def test_add_lora_equals_per_row_product_and_leaves_base_rows() -> None:
+def test_adapters_with_few_rows_share_a_tile() -> None:
+    batch = by_adapter([0, 1, 2, *[3] * (FEW + 1), 0], 4)
+    assert [slot for slot, _ in batch.apart] == [3]
+    assert batch.tile is not None
+    assert batch.tile.take.tolist()[:4] == [0, 12, 1, 0]  # two rows high, padded with any row
+    assert batch.tile.back.tolist() == [0, 2, 4, 1]
+    assert by_adapter([0, 1, 2], 8).tile is None  # most of what a tile reads would be for nothing
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [0, -1, 1, 0, -1],
+        [0, 1, 2],
+        [2, 0, 1, 3, 3, 0],
+        [-1, 2, 0, -1, 1, *[3] * 20, 0],
+        [*[1] * 20, *[2] * 20],
+        [-1],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_lora_equals_per_row_product_and_leaves_base_rows(
+    slots: list[int], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    slots, rank, widths = [0, -1, 1, 0, -1], 4, (6, 3)
-    x, y = torch.randn(5, 8), torch.randn(5, sum(widths))
-    downs = [torch.randn(2, 1, rank, 8) for _ in widths]
-    ups = [torch.randn(2, 1, width, rank) for width in widths]
+    rank, widths, threads = 4, (6, 3), torch.get_num_threads()
+    x, y = (torch.randn(len(slots), n).to(dtype) for n in (8, sum(widths)))
+    downs = [torch.randn(4, 1, rank, 8).to(dtype) for _ in widths]
+    ups = [torch.randn(4, 1, width, rank).to(dtype) for width in widths]
     downs[1][0, 0, 2:] = 0  # padding of a lower rank
+    downs[0][:, 0, 3] = 0  # of all adapters
     ups[0][1] = 0  # slice that adapter 1 doesn't have
-    expected = y.clone()
+    expected = y.float()
     for row, slot in enumerate(slots):
         if slot >= 0:
             parts = [
-                0.5 * up[slot, 0] @ down[slot, 0] @ x[row]
+                0.5 * up[slot, 0].float() @ down[slot, 0].float() @ x[row].float()
                 for down, up in zip(downs, ups, strict=True)
             ]
             expected[row] += torch.cat(parts)
-    add_lora(y, x, downs, ups, 0.5, widths, group_rows(slots))
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    weights = layer_weights(downs, ups, widths)
+    assert weights is not None
+    assert weights.down.shape == (4, 8, 7)
+    before = y.clone()
+    add_lora(y, x, weights, 0.5, by_adapter(slots, 4))
+    torch.testing.assert_close(y, expected.to(dtype))
+    base = [row for row, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(y[base], before[base])
+    assert torch.get_num_threads() == threads
+
+
+def test_a_layer_that_no_adapter_has() -> None:
+    assert layer_weights([torch.zeros(2, 1, 4, 8)], [torch.randn(2, 1, 6, 4)], (6,)) is None
 
 
 def test_engine_kwargs_have_the_same_keys_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
