@@ -1,7 +1,10 @@
 """Triage on a real Ray cluster with a scripted judge: the store, clauses, abstaining, a killed actor."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -333,6 +336,42 @@ def test_every_actor_of_a_pool_gets_rows_of_a_small_file(cluster, tmp_path):
     rows, _ = read(tmp_path / "out")
     assert len(rows) == 64
     assert len(list((tmp_path / "out").glob("*.parquet"))) >= 4  # as many as actors could take
+
+
+def grow(folder):
+    """Triage on a cluster with cores to spare; print how many actors were seen, and the rows."""
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    source = write(folder / "pairs.parquet", pairs(64))
+    config = {"actors": {"min": 1, "max": 2}, "batch_size": 8, "delay_s": 0.1}
+    counts, over = set(), threading.Event()
+
+    def count():
+        while not over.wait(0.1):
+            counts.add(len(judge_pids()))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        triage_pairs(source, folder / "out", scripted(policy_of(), **config), None)
+    finally:
+        over.set()
+        thread.join()
+    print(json.dumps([sorted(counts), len(read(folder / "out")[0])]))
+
+
+def test_a_pool_grows_while_there_is_more_to_do(tmp_path):
+    code = "import sys, pathlib, test_triage_at_scale as t; t.grow(pathlib.Path(sys.argv[1]))"
+    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    counts, rows = json.loads(done.stdout.splitlines()[-1])
+    assert (counts[-2:], rows) == ([1, 2], 64)
 
 
 def test_blocks():
