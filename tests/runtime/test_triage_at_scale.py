@@ -328,18 +328,8 @@ def is_ours(pid):
     return False
 
 
-def test_every_actor_of_a_pool_gets_rows_of_a_small_file(cluster, tmp_path):
-    source = write(tmp_path / "pairs.parquet", pairs(64))
-    config = {"actors": 2, "resources": {"num_cpus": 0.4}, "batch_size": 8, "delay_s": 0.05}
-    store = VerdictStore(str(tmp_path / "verdicts"))
-    triage_pairs(source, tmp_path / "out", scripted(policy_of(), **config), store)
-    rows, _ = read(tmp_path / "out")
-    assert len(rows) == 64
-    assert len(list((tmp_path / "out").glob("*.parquet"))) >= 4  # as many as actors could take
-
-
 def grow(folder):
-    """Triage on a cluster with cores to spare; print how many actors were seen, and the rows."""
+    """Triage on a cluster with cores to spare; print the numbers of actors seen, of rows and of files."""
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     source = write(folder / "pairs.parquet", pairs(64))
     config = {"actors": {"min": 1, "max": 2}, "batch_size": 8, "delay_s": 0.1}
@@ -356,10 +346,11 @@ def grow(folder):
     finally:
         over.set()
         thread.join()
-    print(json.dumps([sorted(counts), len(read(folder / "out")[0])]))
+    files = len(list((folder / "out").glob("*.parquet")))
+    print(json.dumps([sorted(counts), len(read(folder / "out")[0]), files]))
 
 
-def test_a_pool_grows_while_there_is_more_to_do(tmp_path):
+def test_a_pool_grows_and_every_actor_gets_rows_of_a_small_file(tmp_path):
     code = "import sys, pathlib, test_triage_at_scale as t; t.grow(pathlib.Path(sys.argv[1]))"
     here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     done = subprocess.run(
@@ -370,8 +361,9 @@ def test_a_pool_grows_while_there_is_more_to_do(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    counts, rows = json.loads(done.stdout.splitlines()[-1])
+    counts, rows, files = json.loads(done.stdout.splitlines()[-1])
     assert (counts[-2:], rows) == ([1, 2], 64)
+    assert files >= 4  # a small file is cut so that every actor gets a part
 
 
 def test_blocks():
