@@ -27,19 +27,14 @@ PATTERN = (
 SCHEMA = "hh-rlhf"
 
 
-def all_pairs() -> list[PreferencePair]:
-    """Return the pool, each pair once."""
+def triaged_rows(tokenizer: Any, n: int, max_length: int) -> list[TriagedPair]:
+    """Return ``n`` pairs evenly spaced in length, so that any ``n`` has the same mix of lengths."""
     folder = os.environ.get("TRACE_RAY_DATA")
     if not folder or not Path(folder, FILE).is_file():
         raise typer.BadParameter(f"set TRACE_RAY_DATA to the folder of {FILE}")
     parsed = parse_rows(Path(folder, FILE), SCHEMA)
     good = (pair for pair in parsed if isinstance(pair, PreferencePair))
-    return list({pair.pair_id: pair for pair in itertools.islice(good, POOL)}.values())
-
-
-def triaged_rows(tokenizer: Any, n: int, max_length: int) -> list[TriagedPair]:
-    """Return ``n`` pairs evenly spaced in length, so that any ``n`` has the same mix of lengths."""
-    pool = all_pairs()
+    pool = list({pair.pair_id: pair for pair in itertools.islice(good, POOL)}.values())
     if n > len(pool):
         raise typer.BadParameter(f"at most {len(pool)} rows")
 

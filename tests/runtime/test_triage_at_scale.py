@@ -329,10 +329,10 @@ def is_ours(pid):
 
 
 def grow(folder):
-    """Triage on a cluster with cores to spare; print the numbers of actors seen, of rows and of files."""
+    """Triage on a cluster with cores to spare; write the numbers of actors, rows and files."""
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     source = write(folder / "pairs.parquet", pairs(64))
-    config = {"actors": {"min": 1, "max": 2}, "batch_size": 8, "delay_s": 0.1}
+    config = {"actors": {"min": 1, "max": 2}, "batch_size": 8, "delay_s": 0.2}
     counts, over = set(), threading.Event()
 
     def count():
@@ -347,7 +347,8 @@ def grow(folder):
         over.set()
         thread.join()
     files = len(list((folder / "out").glob("*.parquet")))
-    print(json.dumps([sorted(counts), len(read(folder / "out")[0]), files]))
+    seen = [sorted(counts), len(read(folder / "out")[0]), files]
+    (folder / "seen.json").write_text(json.dumps(seen))
 
 
 def test_a_pool_grows_and_every_actor_gets_rows_of_a_small_file(tmp_path):
@@ -361,7 +362,7 @@ def test_a_pool_grows_and_every_actor_gets_rows_of_a_small_file(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    counts, rows, files = json.loads(done.stdout.splitlines()[-1])
+    counts, rows, files = json.loads((tmp_path / "seen.json").read_text())
     assert (counts[-2:], rows) == ([1, 2], 64)
     assert files >= 4  # a small file is cut so that every actor gets a part
 
