@@ -123,18 +123,13 @@ def violating(policy: Policy, pairs: Sequence[PreferencePair]) -> float:
 
 def lengthened(policy: Policy, tokenizer: Any, tokens: int) -> Policy:
     """Return the policy with its clauses over again, numbered, until it has so many tokens."""
-    clauses = list(policy.clauses)
-    for n in itertools.count(2):
-        for clause in policy.clauses:
-            grown = policy.model_copy(update={"clauses": tuple(clauses)})
-            if len(tokenizer(policy_prefix(grown)).input_ids) >= tokens:
-                return grown
-            clauses.append(
-                clause.model_copy(
-                    update={"id": f"{clause.id}-{n}", "text": f"In case {n}: {clause.text}"}
-                )
-            )
-    raise AssertionError
+    grown, more = policy, itertools.cycle(policy.clauses)
+    while len(tokenizer(policy_prefix(grown)).input_ids) < tokens:
+        n, clause = len(grown.clauses) // len(policy.clauses) + 1, next(more)
+        again = {"id": f"{clause.id}-{n}", "text": f"In case {n}: {clause.text}"}
+        clauses = (*grown.clauses, clause.model_copy(update=again))
+        grown = grown.model_copy(update={"clauses": clauses})
+    return grown
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A real fleet of tiny models: how close is ``apply`` to the best packing of its own work?
 
-Four models of different amounts of work, two at a time. The work of a model is what the journal says
+Four models trained for different numbers of steps, two at a time (models this small spend most of their
+time on starting workers, so their work differs little). The work of a model is what the journal says
 its stages took in this very run; the makespan is from the first stage's start to the last one's end,
 judging excluded. The ideal is the best of all ways to deal the models out to the slots, stage times as
 measured: what a scheduler with no gaps, and with foresight, would have reached.

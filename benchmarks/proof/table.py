@@ -1,7 +1,8 @@
 """Makes RESULTS.md out of results.jsonl: one line per objective, seeds averaged, with intervals.
 
 Intervals are 95% bootstrap intervals over held-out prompts, each prompt's outcome averaged over the
-seeds; differences to trace and to naive_dpo are paired by prompt and by seed. Which prompt is in which
+seeds; differences to trace and to naive_dpo are paired by prompt and by seed, within one kind of machine:
+another one deploys another model. Which prompt is in which
 bin is not recorded: a bin has the mean of its seeds' intervals, which is too wide rather than too narrow.
 """
 
@@ -40,7 +41,8 @@ def main() -> None:
         "by category too, as the examples do, and `kept` also `retain_preference: 0.3`, `robust` besides "
         "it the share of flipped labels as `label_smoothing`. TPA and BLiMP in points, KL in nats; "
         "brackets are 95% intervals, those of invert, punish and retain the mean of their seeds' "
-        "intervals.",
+        "intervals. Lines without differences were run on another kind of machine than trace and "
+        "naive_dpo.",
     ]
     for (data, model), title in _tables(lines):
         parts += [f"## {title}", _table(data, model, lines)]
@@ -99,7 +101,8 @@ def _row(
 
 
 def _over(seeds: dict[int, dict[str, Any]], peer: dict[int, dict[str, Any]]) -> str:
-    shared = sorted(seeds.keys() & peer.keys())
+    both = sorted(seeds.keys() & peer.keys())
+    shared = [seed for seed in both if seeds[seed]["machine"] == peer[seed]["machine"]]
     if not shared:
         return "-"
     gaps = [

@@ -72,6 +72,7 @@ def by_adapter(slots: Sequence[int], n_slots: int) -> Batch:
             rows.setdefault(slot, []).append(row)
     groups: Groups = [(slot, as_rows(found)) for slot, found in rows.items()]
     few = {slot: found for slot, found in rows.items() if len(found) <= FEW}
+    # The tile reads all slots: with few of them in use, their own matmuls cost less.
     if len(few) < 3 or 2 * len(few) < n_slots:
         return Batch(groups, groups, None)
     height = max(map(len, few.values()))
