@@ -6,7 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
-from test_rollout_command import NAMES, NEW, OLD, die_in_a_promotion, record, write_adapter
+from rollout_fleet import NAMES, NEW, OLD, die_in_a_promotion, record, write_adapter
 from typer.testing import CliRunner
 
 from trace_ray.cli import app

@@ -21,9 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ray.config.serve import Records
+from trace_ray.core.drops import DropConfig, DropState, watch
 from trace_ray.core.live import summarise
 from trace_ray.core.sequential import SequentialState
 from trace_ray.core.waves import WaveState
+from trace_ray.rollout.watch import Watched
 from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.serve.dashboard import LiveData, page
 from trace_ray.serve.records import RecentRecords, RecordWriter
@@ -183,6 +185,24 @@ def test_a_rollout_of_an_earlier_version_has_no_interval_and_a_damaged_one_is_to
         assert found["problems"] == ["the rollout's state can't be read"]
 
 
+def test_champions_under_watch_are_shown_and_a_damaged_watch_is_told(tmp_path: Path) -> None:
+    config = DropConfig(floor=0.9, false_alarm_every=1000)
+    state = watch(DropState(), config, [True] * 150 + [False])
+    row = Watched("support", "a1", config, state).to_row()
+
+    def gathered(text: str) -> dict[str, Any]:
+        (tmp_path / "watch.json").write_text(text)
+        live = LiveData(None, FolderFiles(tmp_path), {}, lambda: (NameTable(), None))
+        return json.loads(asyncio.run(live.json()))
+
+    (found,) = gathered(json.dumps({"models": {"support": row}, "seen": []}))["watched"]
+    assert (found["complied"], found["judged"], found["floor"]) == (150, 151, 0.9)
+    assert (found["recent_complied"], found["recent"]) == (99, 100)
+    for damaged in ("{", "[]", '{"models": {"support": {}}}'):
+        found = gathered(damaged)
+        assert (found["watched"], found["problems"]) == ([], ["the watch's state can't be read"])
+
+
 @pytest.fixture
 def hostile() -> Iterator[str]:
     """A server that sends the page, and data in which every name tries to break out."""
@@ -193,6 +213,7 @@ def hostile() -> Iterator[str]:
     row |= {"policy": EVIL, "label": "violates", "clause": EVIL, "acted": EVIL, "judge_s": 0.1}
     row |= {"shadow": {"policy": EVIL, "label": "complies"}}
     model = {"name": EVIL, "base": EVIL, "answers_as": EVIL, "adapters": [EVIL, "a\u202eb"]}
+    counts = {"complied": 7, "judged": 9, "recent_complied": 1, "recent": 3}
     content = {
         "at": 2.0,
         "problems": [EVIL],
@@ -202,6 +223,7 @@ def hostile() -> Iterator[str]:
         "splits": {},
         "rollout": {"status": EVIL, "reason": EVIL, "wave": 1, "waves": None, "soaked_s": 1.0}
         | {"at": 1.0, "margin": 0.05, "tests": [test]},
+        "watched": [{"model": EVIL, "adapter": EVIL, "floor": 0.9} | counts],
         "live": summarise([row], {}, {}).to_row(),
     }
     text, policy = page()

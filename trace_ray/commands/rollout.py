@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,8 +16,10 @@ from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
 if TYPE_CHECKING:
     from trace_ray.core.waves import Wave, WavePlan, WaveState
     from trace_ray.rollout.events import Tell
+    from trace_ray.rollout.watch import ChampionWatch, Watched
     from trace_ray.rollout.waves import WaveRollout
 
+T = TypeVar("T")
 app = typer.Typer(help="Promote candidates, and take them back.", no_args_is_help=True)
 
 Models = Annotated[
@@ -22,7 +27,10 @@ Models = Annotated[
 ]
 _USUAL_RATE, _DROPS = 0.95, (0.05, 0.2)
 """Compliance of the champion, and drops of the candidate's, for which ``start`` says what it takes."""
+_FALL = 0.1
+"""Fall below the floor for which a watch says what it takes to find it."""
 _EVENTS = {"promote": "rollout.promoted", "withdraw": "rollout.withdrawn"}
+Every = Annotated[float, typer.Option(help="Repeat after so many seconds; 0 = once.")]
 Force = Annotated[str, typer.Option(help="Do it nevertheless; the reason is kept.")]
 
 
@@ -31,12 +39,15 @@ def status(config: ConfigPath) -> None:
     """Show each model's champion, challenger with the gate's word, and previous champion."""
     with exits_cleanly():
         from trace_ray.rollout.promotion import Rollouts, status_table
+        from trace_ray.rollout.watch import read_watch
         from trace_ray.rollout.waves import WaveRollout
 
         rollouts = Rollouts(str(config))
         terminal().print(status_table(rollouts.states()))
         if state := WaveRollout(str(config)).state():
             typer.echo(_wave_line(state))
+        for watched in read_watch(rollouts.files):
+            typer.echo(f"watched: {_watch_line(watched)}")
         if change := rollouts.journal.pending():
             typer.echo(
                 f"a {change['what']} by {change['who']} was cut short: the next promote, rollback "
@@ -95,35 +106,88 @@ def start(config: ConfigPath) -> None:
 
 
 @app.command("step")
-def step(
-    config: ConfigPath,
-    every: Annotated[float, typer.Option(help="Repeat after so many seconds; 0 = once.")] = 0,
-) -> None:
+def step(config: ConfigPath, every: Every = 0) -> None:
     """Take in the live records that came since, and promote or withdraw; exit 1 once withdrawn."""
     with exits_cleanly(config):
-        from trace_ray.errors import BusyError, RegistryError, StateError
         from trace_ray.rollout.events import telling
         from trace_ray.rollout.waves import WaveRollout
 
-        rollout, lost = WaveRollout(str(config)), False
+        rollout, status = WaveRollout(str(config)), ""
         with telling(str(config)) as tell:
-            while True:
-                try:
-                    state = _stepped(rollout, tell)
-                except (RegistryError, BusyError, StateError) as error:
-                    if not every:
-                        raise
-                    # A registry or a bucket that is away must not end the watch over a candidate.
-                    typer.echo(f"{error}; tried again in {every:g} s", err=True)
-                    if not lost:
-                        tell("rollout.waiting", {"error": str(error)})
-                    lost = True
-                else:
-                    lost = False
-                    if not every or state.status in ("done", "stopped"):
-                        break
-                time.sleep(every)
-    sys.exit(1 if state.status == "stopped" else 0)
+            for state in _repeated(lambda: _stepped(rollout, tell), every, tell):
+                if (status := state.status) in ("done", "stopped"):
+                    break
+    sys.exit(1 if status == "stopped" else 0)
+
+
+@app.command("watch")
+def watch(config: ConfigPath, every: Every = 0) -> None:
+    """Look at the champions' live compliance; roll back where it fell (exit 1; with --every go on)."""
+    with exits_cleanly(config):
+        from trace_ray.rollout.events import telling
+        from trace_ray.rollout.watch import ChampionWatch
+
+        watching = ChampionWatch(str(config))
+        with telling(str(config)) as tell:
+            last = deque(_repeated(lambda: _watched(watching, tell), every, tell), maxlen=1)
+    sys.exit(1 if any(last) else 0)
+
+
+def _repeated(once: Callable[[], T], every: float, tell: Tell) -> Iterator[T]:
+    """Yield what ``once`` returns, again every so many seconds; with 0 only one time.
+
+    A registry or a bucket that is away must not end the watch over a model: that is told, once, and
+    tried again.
+    """
+    from trace_ray.errors import BusyError, RegistryError, StateError
+
+    lost = False
+    while True:
+        try:
+            found = once()
+        except (RegistryError, BusyError, StateError) as error:
+            if not every:
+                raise
+            typer.echo(f"{error}; tried again in {every:g} s", err=True)
+            if not lost:
+                tell("rollout.waiting", {"error": str(error)})
+            lost = True
+        else:
+            lost = False
+            yield found
+            if not every:
+                return
+        time.sleep(every)
+
+
+def _watched(watching: ChampionWatch, tell: Tell) -> bool:
+    """Take one step of a watch, say and send what it found; return whether that was a drop."""
+    found, left_out = watching.step()
+    for text in left_out:
+        typer.echo(f"not watched: {text}", err=True)
+    for each in found:
+        typer.echo(_watch_line(each))
+        if each.alarm:
+            done = f"rolled back to {each.back_to}" if each.back_to else "nothing was moved"
+            typer.echo(f"{each.alarm}; {done}")
+            about = {"model": each.model, "adapter": each.adapter, "reason": each.alarm}
+            tell("rollout.dropped", about | {"rolled_back_to": each.back_to or None})
+    return any(each.alarm for each in found)
+
+
+def _watch_line(watched: Watched) -> str:
+    """Return where a champion's watch stands, and what it would take to find a drop."""
+    from trace_ray.core.drops import mean_delay
+
+    config, state = watched.config, watched.state
+    line = (
+        f"{watched.model}: {watched.adapter}: {state.complied} of {state.n} judged replies comply, "
+        f"floor {100 * config.floor:.1f}%"
+    )
+    if (fallen := config.floor - _FALL) > 0:
+        delay = math.ceil(mean_delay(config, fallen))
+        line += f"; a fall to {100 * fallen:.0f}% is found within {delay:,} of them on average"
+    return line
 
 
 def _stepped(rollout: WaveRollout, tell: Tell) -> WaveState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from trace_ray.config.sections import Section
@@ -17,8 +19,21 @@ class WaveSection(Section):
     """Seconds that the wave lasts at least."""
 
 
+class WatchSection(Section):
+    """``trace-ray rollout watch`` (``core.drops``): champions after their rollout."""
+
+    floor: float | None = Field(default=None, gt=0, lt=1)
+    """Share of a champion's live replies that shall comply; null = the lower end of the 95% interval of
+    its share in its wave, less ``margin``."""
+    false_alarm_every: float = Field(default=100_000, ge=100)
+    """Judged replies to a model between two false alarms, on average, at least."""
+    on_drop: Literal["rollback", "tell"] = "rollback"
+    """``rollback``: the previous champion comes back, where there is one; ``tell``: only events, audit
+    chain and exit code say it."""
+
+
 class RolloutSection(Section):
-    """``trace-ray rollout start`` (``core.waves``)."""
+    """``trace-ray rollout start`` (``core.waves``) and ``watch``."""
 
     waves: list[WaveSection] = Field(default_factory=list)
     """In this order; empty = one wave for each model, in the fleet's order."""
@@ -30,3 +45,5 @@ class RolloutSection(Section):
     """A promotion shows that live compliance is lower by less than this, as a share."""
     max_latency_s: float = Field(default=30, gt=0)
     """A reply that takes longer counts as late."""
+    watch: WatchSection = WatchSection()
+    """What is done about a champion whose live compliance falls."""

@@ -15,6 +15,7 @@ import yaml
 from trace_ray import __version__
 from trace_ray.config import GateSection, load_config
 from trace_ray.core.audit import AuditHead, AuditRecord, chain_problems, head_of
+from trace_ray.core.drops import drop_problems
 from trace_ray.core.policy import Policy, parse_policy
 from trace_ray.core.waves import evidence_problems
 from trace_ray.errors import AuditError, TraceRayError
@@ -120,7 +121,7 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> VerifiedBundle:
         found += [
             f"{CHAIN}: record {record.number} ({record.what}): {problem}"
             for record in live
-            for problem in evidence_problems(record.evidence["live"])
+            for problem in _live_problems(record.evidence["live"])
         ]
     except (KeyError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, TraceRayError):
@@ -130,6 +131,11 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> VerifiedBundle:
     if found:
         raise AuditError("\n".join(f"{path}: {problem}" for problem in found))
     return VerifiedBundle(report["run_id"], len(records), len(gates), len(live), bundle.signed)
+
+
+def _live_problems(evidence: Mapping[str, Any]) -> list[str]:
+    """Make a decision by live traffic again: of a rollout's tests, or of a champion's watch."""
+    return drop_problems(evidence) if "watch" in evidence else evidence_problems(evidence)
 
 
 def _gate_config(

@@ -101,6 +101,14 @@ function rollout(data) {
     ["model", "test", "champion", "candidate", "difference", "points", "decision"], tests, [2, 3, 5])];
 }
 
+function watched(rows) {
+  if (!rows.length) return null;
+  const cells = rows.map((row) => [row.model, row.adapter, part(row.complied, row.judged),
+    part(row.recent_complied, row.recent), share(row.floor)]);
+  return table("Champions under watch, as its last step left them: judged replies that comply",
+    ["model", "adapter", "all", "newest", "floor"], cells, [2, 3, 4]);
+}
+
 function traffic(live, splits) {
   if (!live || !live.traffic.length) return null;
   const rows = live.traffic.flatMap((row) => {
@@ -151,7 +159,7 @@ function draw(data) {
   const places = [...document.querySelectorAll(".wide")].map((node) => node.scrollLeft);
   const live = data.live;
   const parts = [data.problems.map((line) => el("p", "bad", line)), registry(data.registry), fleet(data),
-    rollout(data), traffic(live, data.splits),
+    rollout(data), watched(data.watched), traffic(live, data.splits),
     live ? [compliance(live), shadow(live), decisions(live)] : el("p", "", "Decisions are not recorded.")];
   at("data").replaceChildren();
   fill(at("data"), parts);

@@ -303,7 +303,9 @@ def _decisions(records: Sequence[AuditRecord]) -> list[dict[str, Any]]:
 
 
 def _live_lines(evidence: Mapping[str, Any]) -> list[str]:
-    """Return what live traffic said for a decision: each test's counts and confidence sequence."""
+    """Return what live traffic said for a decision: of a rollout each test's counts and interval."""
+    if "watch" in evidence:
+        return [evidence["reason"]]
     limits = SequentialConfig(**evidence["test"])
     lines = []
     for name, row in evidence["tests"].items():

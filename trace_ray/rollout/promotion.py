@@ -8,6 +8,7 @@ starts: nobody reads a fleet that is promoted in part.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,11 @@ class Rollouts:
             return self._change("promote", moves, force, evidence)
 
     def rollback(
-        self, names: Sequence[str] = (), to_policy: str | None = None, force: str = ""
+        self,
+        names: Sequence[str] = (),
+        to_policy: str | None = None,
+        force: str = "",
+        evidence: Mapping[str, Any] | None = None,
     ) -> dict[str, Any] | None:
         """Bring an earlier champion back and return the change; None where nothing moves.
 
@@ -122,6 +127,7 @@ class Rollouts:
             to_policy: policy version whose champion comes back; None = the ``previous`` champion of
                 each model that has one.
             force: why a version comes back that never was champion.
+            evidence: of live traffic (``core.drops.drop_evidence``); kept in the audit chain.
 
         Raises:
             RolloutError: a model has nothing to go back to; nothing was moved.
@@ -141,7 +147,7 @@ class Rollouts:
                     refused.append(str(error))
             if refused:
                 raise RolloutError("\n".join(refused))
-            return self._change("rollback", moves, force)
+            return self._change("rollback", moves, force, evidence)
 
     def withdraw(
         self, name: str, reason: str, evidence: Mapping[str, Any] | None = None
@@ -165,6 +171,15 @@ class Rollouts:
             return None
         with self.journal.locked(user()):
             return self._finish()
+
+    def record(
+        self, what: str, evidence: Mapping[str, Any], inputs: Mapping[str, str] | None = None
+    ) -> None:
+        """Add a record to the audit chain; what it tells already is not told twice."""
+        plain = json.loads(json.dumps(evidence))
+        known = [(record.what, record.evidence) for record in self.audit.records()]
+        if (what, plain) not in known:
+            self.audit.append(what, inputs or {}, plain)
 
     def states(self, names: Sequence[str] = ()) -> list[ModelState]:
         """Return the models of the fleet as the registry holds them.

@@ -1,11 +1,10 @@
 """Drives a rollout in waves: live records in, promotions and withdrawals out.
 
-Records are the endpoint's: jsonl files ``decisions-*.jsonl`` under ``<storage>/records``, complete
-once they have their name. A row names ``model`` and ``adapter`` (which arm); ``decision`` rows have a
-reply's ``label``, ``request`` rows ``failed`` and ``request_s``. Where ``name`` is not the model's own
-the client chose the arm, and the row doesn't count. State is one JSON file, written under a lock after
-what it led to was done; doing that twice is doing it once. It also tells the endpoint how to split
-traffic. The audit chain tells of each start, pause, promotion, withdrawal and stop, with its evidence.
+Records are the endpoint's (``rollout.live_records``); a row's ``adapter`` says of which arm it is, and
+where ``name`` is not the model's own the client chose the arm, and the row doesn't count. State is one
+JSON file, written under a lock after what it led to was done; doing that twice is doing it once. It also
+tells the endpoint how to split traffic. The audit chain tells of each start, pause, promotion, withdrawal
+and stop, with its evidence.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from trace_ray.config import FleetConfig
 from trace_ray.config.rollout import WaveSection
-from trace_ray.config.serve import ServeSection
 from trace_ray.core.promotion import CHALLENGER, CHAMPION
 from trace_ray.core.sequential import Arm, SequentialConfig
 from trace_ray.core.split import Split
@@ -37,14 +34,13 @@ from trace_ray.core.waves import (
     time_soaked,
 )
 from trace_ray.errors import ConfigError, DataError, RolloutError
+from trace_ray.rollout.live_records import LiveRecords, by_bare_name, complies, deaf, rows_of
 from trace_ray.rollout.promotion import Rollouts, not_promotable
 from trace_ray.runtime.audit_log import user
-from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.journal import operators_lock
 from trace_ray.runtime.state_files import StateFiles
-from trace_ray.types import Label
 
-STATE, RECORDS = "waves.json", "records"
+STATE = "waves.json"
 WAIT_S = 60
 """How long an operator waits for another's step."""
 
@@ -83,7 +79,7 @@ class WaveRollout:
         self.plan = plan_of(config, config_path)
         """What the config asks for; a rollout under way keeps the plan it began with."""
         self.files = self.rollouts.files
-        self.bucket, self.records = Bucket.of(config), Path(config.storage, RECORDS)
+        self.records = LiveRecords(config)
         self.clock = clock
 
     def start(self) -> WaveState:
@@ -99,7 +95,7 @@ class WaveRollout:
                 raise RolloutError("a rollout is under way; see 'trace-ray rollout status'")
             names = [name for wave in self.plan.waves for name in wave.models]
             states = self.rollouts.states(names)
-            refused = _deaf(self.rollouts.config.serve)
+            refused = deaf(self.rollouts.config.serve)
             refused += [text for state in states for text in not_promotable(state, "")]
             refused += [
                 f"{state.name}: has no champion to compare with; promote it directly"
@@ -116,8 +112,10 @@ class WaveRollout:
                     inputs[f"{arm}:{each.name}"] = tags.get("adapter_sha256", "")
             state, identity, plan = WaveState(), uuid.uuid4().hex, self.plan.to_row()
             # First the chain: nothing happens to the traffic that it doesn't tell of.
-            self._record("rollout-start", {"rollout": identity, "arms": arms, "plan": plan}, inputs)
-            seen = sorted(path.name for path in self._files())
+            self.rollouts.record(
+                "rollout-start", {"rollout": identity, "arms": arms, "plan": plan}, inputs
+            )
+            seen = sorted(path.name for path in self.records.files())
             begun = {"id": identity, "arms": arms, "plan": plan, "soaked_to": self.clock()}
             self._write(state, begun | {"seen": seen})
             return state
@@ -135,8 +133,8 @@ class WaveRollout:
             self.rollouts.finish()
             if moved := self._moved(plan, state, kept["arms"]):
                 return self._stop(kept, state, "; ".join(moved)), []
-            fresh = [path for path in self._files() if path.name not in set(kept["seen"])]
-            rows = [row for path in fresh for row in _rows(path)]
+            fresh = [path for path in self.records.files() if path.name not in set(kept["seen"])]
+            rows = [row for path in fresh for row in rows_of(path)]
             observations = [o for row in rows if (o := _observation(row, kept["arms"]))]
             times = [float(at) for row in rows if isinstance(at := row.get("time"), int | float)]
             soaked_s, soaked_to = time_soaked(times, kept["soaked_to"])
@@ -160,11 +158,11 @@ class WaveRollout:
                 raise RolloutError(f"the rollout is {state.status}, not {wanted}")
             changes = kept.get("changes", 0) + 1
             what = "rollout-pause" if paused else "rollout-resume"
-            self._record(what, {"rollout": kept["id"], "change": changes})
+            self.rollouts.record(what, {"rollout": kept["id"], "change": changes})
             state = replace(state, status=given)
             kept |= {"changes": changes}
             if not paused:
-                seen = sorted(path.name for path in self._files())
+                seen = sorted(path.name for path in self.records.files())
                 kept |= {"seen": seen, "soaked_to": self.clock()}
             self._write(state, kept)
             return state
@@ -196,7 +194,7 @@ class WaveRollout:
         return found
 
     def _stop(self, kept: dict[str, Any], state: WaveState, reason: str) -> WaveState:
-        self._record("rollout-stop", {"rollout": kept["id"], "reason": reason})
+        self.rollouts.record("rollout-stop", {"rollout": kept["id"], "reason": reason})
         state = replace(state, status=Status.STOPPED, reason=reason)
         self._write(state, kept)
         return state
@@ -219,23 +217,9 @@ class WaveRollout:
         else:
             self.rollouts.withdraw(action.model, action.reason, evidence)
 
-    def _record(
-        self, what: str, evidence: dict[str, Any], inputs: dict[str, str] | None = None
-    ) -> None:
-        """Add a record to the audit chain; what it tells already is not told twice."""
-        plain = json.loads(json.dumps(evidence))
-        known = [(record.what, record.evidence) for record in self.rollouts.audit.records()]
-        if (what, plain) not in known:
-            self.rollouts.audit.append(what, inputs or {}, plain)
-
     def _alone(self) -> AbstractContextManager[None]:
         """Keep other operators off the rollout's state; a step of theirs is waited for."""
         return operators_lock(self.files, ".waves.lock", user(), wait_s=WAIT_S)
-
-    def _files(self) -> list[Path]:
-        if self.bucket is not None:
-            self.bucket.pull_new(self.records)
-        return sorted(self.records.glob("decisions-*.jsonl"))
 
     def _kept(self) -> dict[str, Any]:
         if (kept := self._read()) is None:
@@ -255,18 +239,6 @@ class WaveRollout:
         now |= {"test": asdict(plan.test()), "waves": len(plan.waves)}
         text = json.dumps(kept | now, indent=2, ensure_ascii=False) + "\n"
         self.files.write(STATE, text)
-
-
-def _deaf(serve: ServeSection) -> list[str]:
-    """Return why a rollout under this section would wait for ever; [] where it would not."""
-    found = []
-    if serve.compliance is None or serve.compliance.mode == "off":
-        found.append("serve.compliance: no reply is judged; set mode to shadow, annotate or block")
-    if serve.records is None:
-        found.append("serve.records: nothing is recorded; leave it out or give it a section")
-    if serve.aliases.refresh_s is None:
-        found.append("serve.aliases.refresh_s: the endpoint doesn't look for a split; give seconds")
-    return found
 
 
 def _splits(
@@ -347,27 +319,15 @@ def read_rollout(files: StateFiles) -> RolloutView | None:
         raise RolloutError(f"{files.where(STATE)}: can't be read: {error}") from None
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the decisions and requests of a file of records; a line cut off by a crash is left out."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("type", "decision") in ("decision", "request"):
-            yield row
-
-
 def _observation(row: dict[str, Any], arms: dict[str, dict[str, str]]) -> Observation | None:
     """Return what a record says of an arm; None where it is of none, or the client chose the arm."""
-    if row.get("name", row.get("model")) != row.get("model"):
+    if not by_bare_name(row):
         return None
     arm = arms.get(str(row.get("model")), {}).get(str(row.get("adapter")))
     if arm is None:
         return None
-    complies = {str(Label.COMPLIES): True, str(Label.VIOLATES): False}.get(str(row.get("label")))
     latency = row.get("request_s")
     latency = float(latency) if isinstance(latency, int | float) else None
     failed = row.get("failed")
     succeeded = None if failed is None else not failed
-    return Observation(row["model"], Arm(arm), complies, succeeded, latency)
+    return Observation(row["model"], Arm(arm), complies(row), succeeded, latency)

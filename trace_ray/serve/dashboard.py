@@ -23,6 +23,7 @@ from trace_ray.core.live import LiveSummary, compare, summarise
 from trace_ray.core.policy import Policy
 from trace_ray.errors import RolloutError, StateError
 from trace_ray.rollout.html_report import page_environment
+from trace_ray.rollout.watch import Watched, read_watch
 from trace_ray.rollout.waves import read_rollout
 from trace_ray.runtime.state_files import StateFiles
 from trace_ray.serve.admission import Admission
@@ -76,11 +77,15 @@ class LiveData:
 
     def _gathered(self, table: NameTable) -> dict[str, Any]:
         problems: list[str] = []
-        rollout, live = None, None
+        rollout, live, watched = None, None, list[dict[str, Any]]()
         try:
             rollout = self._rollout()
         except (RolloutError, StateError):
             problems.append("the rollout's state can't be read")
+        try:
+            watched = [] if self._files is None else [_watched(w) for w in read_watch(self._files)]
+        except (RolloutError, StateError):
+            problems.append("the watch's state can't be read")
         try:
             live = self._live(table)
         except OSError as error:
@@ -90,6 +95,7 @@ class LiveData:
             "problems": problems,
             **_fleet(table, self._police),
             "rollout": rollout,
+            "watched": watched,
             "live": None if live is None else live.to_row(),
         }
 
@@ -117,6 +123,18 @@ class LiveData:
             "margin": None if view.test is None else view.test.margin,
             "tests": [each.to_row() for each in compare(state, view.test)],
         }
+
+
+def _watched(found: Watched) -> dict[str, Any]:
+    return {
+        "model": found.model,
+        "adapter": found.adapter,
+        "complied": found.state.complied,
+        "judged": found.state.n,
+        "recent_complied": found.state.recent.count("1"),
+        "recent": len(found.state.recent),
+        "floor": found.config.floor,
+    }
 
 
 def _fleet(table: NameTable, police: Mapping[str, Police]) -> dict[str, Any]:
