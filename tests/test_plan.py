@@ -12,6 +12,7 @@ from trace_ray.errors import ConfigError
 from trace_ray.models.references import resolve_model
 from trace_ray.rollout import estimate
 from trace_ray.rollout.lineage import keep_policy, kept_policy
+from trace_ray.rollout.measuring import answering
 from trace_ray.rollout.model_job import ADAPTERS, SCORES, Deployed, ModelJob
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.rollout.plan_file import (
@@ -83,6 +84,18 @@ def test_a_sharded_base_takes_its_share_a_layer_and_the_embeddings(job):
         ModelJob(job.inputs, model, job.source, job.deployed, "p", "t", job.reporter), shape, 1000
     )
     assert memory.weights == 2 * (8_000_000_000 + 800_000_000 + 819_200_000)
+
+
+def test_the_engine_that_answers_for_a_sharded_base_holds_all_its_gpus(job):
+    sharing = {"workers": 8, "batch_size": 8, "shard_base": True}
+    training = job.model.training.model_copy(update=sharing)
+    engine = job.model.engine.model_copy(update={"tensor_parallel_size": 4})
+    for gpus, held in ((0, 0), (1, 4), (8, 8)):
+        resources = Resources(num_gpus=gpus)
+        model = {"training": training, "engine": engine, "resources": resources}
+        assert answering(job.model.model_copy(update=model)).num_gpus == held
+    whole = {"engine": engine, "resources": Resources(num_gpus=1)}
+    assert answering(job.model.model_copy(update=whole)).num_gpus == 1
 
 
 def test_an_earlier_run_on_the_same_base_is_believed_before_arithmetic(job):

@@ -127,13 +127,13 @@ def test_moments_and_preconditioning_by_hand() -> None:
     # Two pairs, gradients (1, 3) and (3, -1): mean (2, 1), mean square (5, 5).
     theta = torch.zeros(2, requires_grad=True)
     losses = ((torch.tensor(g) * theta).sum() for g in ([1.0, 3.0], [3.0, -1.0]))
-    g, v = gold_moments(losses, {"w": theta})
+    g, v = gold_moments(losses, {"w": theta}, 2)
     assert g["w"].tolist() == [2.0, 1.0]
     assert v["w"].tolist() == [5.0, 5.0]
     got = precondition({"w": torch.tensor([6.0, 0.0])}, {"w": torch.tensor([4.0, 0.0])}, eps=1.0)
     assert got["w"].tolist() == [2.0, 0.0]  # 6 / (sqrt(4) + 1); what nothing moves stays 0
     with pytest.raises(DataError, match="gold batch is empty"):
-        gold_moments(iter([]), {"w": theta})
+        gold_moments(iter([]), {"w": theta}, 0)
 
 
 def test_moments_hold_the_gradient_of_the_mean_loss() -> None:
@@ -144,7 +144,7 @@ def test_moments_hold_the_gradient_of_the_mean_loss() -> None:
             logps = setup.logps(setup.params, torch.tensor([i, i + 4]))
             yield gold_objective(logps[:1], logps[1:], BETA)
 
-    g, v = gold_moments(each(), setup.params)
+    g, v = gold_moments(each(), setup.params, 4)
     expected = setup.direction()
     for name in g:
         torch.testing.assert_close(g[name], expected[name])

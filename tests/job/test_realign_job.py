@@ -112,7 +112,8 @@ def folder(tmp_path_factory):
         "tracking": {"alias": "champion"},
     }
     again = [m | {"adapter": f"models:/trace-{m['name']}@champion"} for m in models]
-    again[1]["training"] = {"impact": {"workers": 2}}  # one model's scores in shards
+    again[0]["training"] = {"impact": {"workers": 2}}  # one model's scores in shards
+    again[1]["training"] = {"workers": 2, "shard_base": True}  # the other's base
     realign = common | {
         "policy": "policy-2.yaml",
         "models": again,

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from trace_ray.config import ImpactConfig, LoraConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
 from trace_ray.models import scorer
+from trace_ray.runtime.needs import NOTHING
 from trace_ray.runtime.score import (
     Scoring,
     conflicts_of,
@@ -13,6 +15,7 @@ from trace_ray.runtime.score import (
     score_on_cluster,
     shard,
 )
+from trace_ray.runtime.train import WorkerGroup
 from trace_ray.testing import tiny_adapter, tiny_model
 from trace_ray.types import Category, Label, Message, PreferencePair, TriagedPair, Verdict
 
@@ -126,6 +129,47 @@ def test_shards_give_the_same_scores(cluster, base, deployed):
     assert split.effective_sample_size == pytest.approx(whole.effective_sample_size, rel=1e-4)
     assert split.gold == whole.gold
     assert seen[-1] == (len(split.scores), len(split.scores))
+
+
+def test_workers_that_share_the_base_find_what_one_does(cluster, base, deployed, tmp_path):
+    methods = {"ghost": ("ghost", {}), "fd": ("fd", {})}
+    methods |= {"adam": ("ghost", {"preconditioner": "adam", "batch_tokens": 100})}
+    cases = {
+        (name, adapter): settings(method, **changes)
+        for name, (method, changes) in methods.items()
+        for adapter in (None, deployed)
+    }
+    rows = triaged()[:-2]  # the last round has a batch for one worker alone
+
+    def work(_):  # in here, so that it travels to a worker by value
+        import ray.train
+
+        found, told = [], []
+        for (_, adapter), config in cases.items():
+            summary = score_conflicts(
+                base,
+                adapter,
+                rows,
+                config,
+                num_threads=1,
+                shares=True,
+                progress=lambda *at: told.append(at),
+            )
+            found.append({score.pair_id: score.raw for score in summary.scores})
+        rank = ray.train.get_context().get_world_rank()
+        (tmp_path / f"{rank}.json").write_text(json.dumps([found, told]))
+
+    group = WorkerGroup(2, Resources(num_cpus=1, threads=1), "scores", str(tmp_path), NOTHING)
+    group.run(work, {})
+    (found, told), (mates, _) = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    assert found == mates
+    assert (told[0][0], told[-1][0]) == (0, told[-1][1])
+    for ((name, adapter), config), got in zip(cases.items(), found, strict=True):
+        whole = score_conflicts(base, adapter, rows, config, num_threads=1)
+        expected = {score.pair_id: score.raw for score in whole.scores}
+        assert got.keys() == expected.keys()
+        off = error(torch.tensor(list(got.values())), torch.tensor(list(expected.values())))
+        assert off < (5e-3 if name == "fd" else 1e-4), name
 
 
 def test_shards_hold_each_row_once_and_a_prompt_together():

@@ -166,3 +166,7 @@ def test_more_workers_than_pairs_of_a_step_are_refused():
 def test_a_base_is_shared_by_several_workers_only():
     with pytest.raises(ValueError, match="shard_base: needs workers: 2"):
         TrainingConfig.model_validate({"shard_base": True})
+    sharing = {"workers": 2, "shard_base": True}
+    for impact, why in (({"workers": 2}, "own workers score"), ({"method": "jvp"}, "take ghost")):
+        with pytest.raises(ValueError, match=why):
+            TrainingConfig.model_validate(sharing | {"impact": impact})

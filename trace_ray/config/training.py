@@ -80,7 +80,7 @@ class TrainingConfig(Section):
     """Of the base's weights each of ``workers`` holds its share and gets the others layer by layer (FSDP2):
     for models that don't fit one worker. The adapter is whole on each."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which the base's frozen weights are loaded to score and train; the adapter is float32."""
+    """In which the base's frozen weights are loaded to score, train and measure; the adapter is float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
@@ -109,4 +109,10 @@ class TrainingConfig(Section):
             )
         if self.shard_base and self.workers == 1:
             raise ValueError("shard_base: needs workers: 2 or more, that share the base's weights")
+        if self.shard_base and self.impact.workers > 1:
+            raise ValueError(
+                "impact.workers: of a sharded base the training's own workers score; leave it out"
+            )
+        if self.shard_base and self.impact.method == "jvp":
+            raise ValueError("impact.method: jvp needs the whole base on one worker; take ghost")
         return self

@@ -181,7 +181,7 @@ def gold_gradient(losses: Tensor | Iterable[Tensor], params: Params) -> Params:
     return total
 
 
-def gold_moments(losses: Iterable[Tensor], params: Params) -> tuple[Params, Params]:
+def gold_moments(losses: Iterable[Tensor], params: Params, n_gold: int) -> tuple[Params, Params]:
     """Return g_J and v, the mean and the mean square of the gold pairs' gradients.
 
         g_J = (1/n) sum_i g_i,   v = (1/n) sum_i g_i^2 (elementwise)
@@ -192,20 +192,19 @@ def gold_moments(losses: Iterable[Tensor], params: Params) -> tuple[Params, Para
     Args:
         losses: the ``gold_objective`` of each pair by itself, one by one.
         params: as for ``gold_gradient``.
+        n_gold: n, the pairs of the whole batch: moments of its parts add up.
 
     Raises:
         DataError: there is no gold pair.
     """
     first = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
     second = {name: g.clone() for name, g in first.items()}
-    n = 0
+    check_gold(n_gold)
     for loss in losses:
-        n += 1
         for name, grad in gold_gradient(loss, params).items():
             first[name] += grad
             second[name] += grad.square()
-    check_gold(n)
-    return {k: g / n for k, g in first.items()}, {k: v / n for k, v in second.items()}
+    return {k: g / n_gold for k, g in first.items()}, {k: v / n_gold for k, v in second.items()}
 
 
 def precondition(direction: Params, second_moment: Params, eps: float = 1e-8) -> Params:

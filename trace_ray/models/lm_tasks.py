@@ -96,6 +96,8 @@ class TaskSuite:
             raise DataError(
                 f"evaluation.tasks: {', '.join(self.names)}: {type(error).__name__}: {error}"
             ) from error
+        if found is None:  # of workers that share a base, one on each node is told
+            return {}
         better = found["higher_is_better"]
         return {
             task: _items(task, samples, better.get(task) or {})

@@ -92,8 +92,17 @@ def _fitting(adapter: str | Path, base: str | Path) -> Iterator[None]:
         ) from None
 
 
-def load_measured_model(base: str | Path, before: str | None, after: str) -> PeftModel:
+def load_measured_model(
+    base: str | Path, before: str | None, after: str, dtype: str = "float32", shards: int = 1
+) -> PeftModel:
     """Load ``base`` with the realigned adapter as ``default`` and the deployed one, if any, as ``ref``.
+
+    Args:
+        base: directory of safetensors weights.
+        before: directory of the deployed adapter; None = the base.
+        after: directory of the realigned adapter.
+        dtype: of the base's weights.
+        shards: as for ``load_policy_model``.
 
     Raises:
         ModelError: the base can't be loaded.
@@ -101,12 +110,12 @@ def load_measured_model(base: str | Path, before: str | None, after: str) -> Pef
     import peft
     import torch
 
-    model = _load_base(base, "sdpa", "float32")
+    model = _load_base(base, "sdpa", dtype, shards)
     wrapped = peft.PeftModel.from_pretrained(model, after, adapter_name=TRAINED)
     if before is not None:
         wrapped.load_adapter(before, adapter_name=REFERENCE)
         wrapped.set_adapter(TRAINED)
-    if torch.cuda.is_available():
+    if shards == 1 and torch.cuda.is_available():
         wrapped.to("cuda")
     return wrapped
 

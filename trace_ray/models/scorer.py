@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from trace_ray.models.families import load_tokenizer
 from trace_ray.models.likelihood import Exchange, Head, Likelihood, Line
 from trace_ray.models.packing import can_pack
 from trace_ray.models.policy_model import load_policy_model, trained_parameters
+from trace_ray.models.team import ALONE, Team
 from trace_ray.types import Category, Prompt, response_id
 
 if TYPE_CHECKING:
@@ -66,15 +68,23 @@ def chosen_method(settings: ImpactConfig) -> str:
 class Scorer:
     """A loaded model that gives g_J and raw scores."""
 
-    def __init__(self, base: str | Path, adapter: str | Path | None, config: TrainingConfig):
+    def __init__(
+        self,
+        base: str | Path,
+        adapter: str | Path | None,
+        config: TrainingConfig,
+        team: Team = ALONE,
+    ):
         """Load the model as it is deployed (theta_ref), in ``base_dtype``.
 
         Args:
             base: directory of the base model.
             adapter: directory of the deployed adapter, or None.
             config: the model's training section.
+            team: workers that share the base's weights; each calls every method with the same arguments,
+                and gets the same result.
         """
-        self.config = config
+        self.config, self.team = config, team
         self.method = chosen_method(config.impact)
         attention = "eager" if self.method == "jvp" else "sdpa"
         model = load_policy_model(
@@ -84,8 +94,10 @@ class Scorer:
             seed=config.seed,
             attention=attention,
             dtype=config.base_dtype,
+            shards=team.workers,
         )
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if team == ALONE:  # a share of the weights is in its place already
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(base)
         self.params = trained_parameters(model)
         self.likelihood = Likelihood(model, pack=can_pack(model.config, config.max_length))
@@ -105,19 +117,20 @@ class Scorer:
         n_gold = 1 if adam else len(pairs)
 
         def objectives() -> Iterator[torch.Tensor]:
-            for part in parts:
+            for part, counts in self.team.share(parts):
                 sides = [pairs[i] for i in part]
                 if not self.likelihood.pack:
                     sides = [[side] for pair in sides for side in pair]
                 preferred, other = self.likelihood(sides).view(-1, 2).unbind(1)
-                yield impact.gold_objective(preferred, other, self.config.beta, n_gold)
+                yield counts * impact.gold_objective(preferred, other, self.config.beta, n_gold)
 
         impact.check_gold(len(gold))
         with self._precision():
             if adam:
-                found = impact.precondition(*impact.gold_moments(objectives(), self.params))
+                first, second = impact.gold_moments(objectives(), self.params, len(pairs))
+                found = impact.precondition(self.team.summed(first), self.team.summed(second))
             else:
-                found = impact.gold_gradient(objectives(), self.params)
+                found = self.team.summed(impact.gold_gradient(objectives(), self.params))
         if not all(bool(g.isfinite().all()) for g in found.values()):
             ids = ", ".join(g.pair_id for g in gold[:5])
             raise DataError(
@@ -175,13 +188,16 @@ class Scorer:
         """Return the derivative of every exchange of each group; with ``seeds``, of their weighted sum."""
         line = Line(self.likelihood.model, direction)
         scale = derivatives.scale_of(direction)
-        found: list[list[float]] = [[] for _ in groups]
+        found: dict[int, list[float]] = {}
         done = 0
-        common = common_head([group[0][0] for group in groups]) if self.likelihood.pack else []
+        # Neither goes with weights of which only a share is here.
+        whole = self.team == ALONE
+        can_share = whole and self.likelihood.pack
+        common = common_head([group[0][0] for group in groups]) if can_share else []
         headed = {i for i, group in enumerate(groups) if common and _begins(group[0][0], common)}
-        with line.merged(), self._precision():
+        with line.merged() if whole else nullcontext(), self._precision():
             head = line.head(common) if headed else None
-            for part in self.batches(groups, headed):
+            for part, counts in self.team.share(self.batches(groups, headed)):
                 batch = [groups[i] for i in part]
                 weights = [seed for i in part for seed in seeds[i]] if seeds else None
                 shared = head if part[0] in headed else None
@@ -194,11 +210,13 @@ class Scorer:
                 else:
                     values = derivatives.ghost_derivatives(values_at, steps)
                 sizes = [1 if seeds else len(group) for group in batch]
-                for i, part_values in zip(part, values.split(sizes), strict=True):
-                    found[i] = part_values.tolist()
-                done += len(part)
+                if counts:
+                    split = values.split(sizes)
+                    found |= {i: each.tolist() for i, each in zip(part, split, strict=True)}
+                done = min(len(groups), done + len(part) * self.team.workers)
                 progress(done, len(groups))
-        return found
+        found = self.team.together(found)
+        return [found[i] for i in range(len(groups))]
 
     def _values_at(
         self,

@@ -165,7 +165,8 @@ def stage_costs(
 
 def _cost(job: ModelJob, stage: str, shape: Shape, n: int, tokens: float) -> Cost:
     resources, training = job.model.resources, job.model.training
-    workers = {SCORES: training.impact.workers, ADAPTERS: training.workers}.get(stage, 1)
+    scoring = training.workers if training.shard_base else training.impact.workers
+    workers = {SCORES: scoring, ADAPTERS: training.workers}.get(stage, 1)
     known = _earlier(job.inputs.store, stage, job.source.digest)
     if known is not None:
         units, took = known

@@ -32,12 +32,13 @@ from trace_ray.rollout.grading import (
     questions,
 )
 from trace_ray.rollout.judging import ask_measuring, evaluation_judge, judged_clauses
-from trace_ray.rollout.model_job import Deployed, measuring_key
+from trace_ray.rollout.measuring import measure_model, shards
+from trace_ray.rollout.model_job import Deployed, in_precision, measuring_key
 from trace_ray.rollout.parallel import deployed_adapter, find_models, side_by_side
 from trace_ray.rollout.plan import Inputs, built_in_attacks, chosen_models, read_inputs
-from trace_ray.runtime.cluster import connected, on_this_node, result, run_alone
+from trace_ray.runtime.cluster import connected, on_this_node, result
 from trace_ray.runtime.judges import JudgeSpec
-from trace_ray.runtime.measure import AFTER, Measured, MeasureJob, measure
+from trace_ray.runtime.measure import AFTER, Measured, MeasureJob
 from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.progress import FLEET, Board, Reporter, View
 from trace_ray.runtime.store import write_json, write_rows
@@ -88,6 +89,7 @@ class EvaluationJob:
             "subject": self.subject.sha256 if self.subject else "",
             "reference": self.reference.sha256 if self.drifts and self.reference else "",
             "suites": list(self.suites),
+            **in_precision(self.model),
             **measuring_key(self.inputs, self.grader, self.wrappers),
             "version": __version__,
         }
@@ -240,12 +242,14 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
         max_new_tokens=evaluation.max_new_tokens,
         engine=job.model.engine,
         num_threads=job.model.resources.n_threads,
+        dtype=job.model.training.base_dtype,
+        shards=shards(job.model),
         sides=(AFTER,),
     )
 
     def work(out: Path) -> None:
         needs = Needs.of(inputs.store, [job.source], [todo.before, todo.after])
-        found = run_alone(job.model.resources, measure, todo, job.reporter, needs=needs)
+        found = measure_model(job.model, todo, job.reporter, needs, inputs.store, out)
         job.reporter("judging")
         ask = functools.partial(ask_measuring, inputs, job.grader)
         replies = [found.replies[AFTER]]

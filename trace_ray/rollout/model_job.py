@@ -111,8 +111,16 @@ class ModelJob:
     def measures_key(self, adapter_sha256: str) -> dict[str, Any]:
         """What the measurement depends on."""
         return self.key(
-            adapter=adapter_sha256, **measuring_key(self.inputs, self.grader, self.inputs.attacks)
+            adapter=adapter_sha256,
+            **in_precision(self.model),
+            **measuring_key(self.inputs, self.grader, self.inputs.attacks),
         )
+
+
+def in_precision(model: ModelConfig) -> dict[str, str]:
+    """Return the part of a measurement's key that tells of the base's precision; float32 has none."""
+    dtype = model.training.base_dtype
+    return {} if dtype == "float32" else {"base_dtype": dtype}
 
 
 def measuring_key(

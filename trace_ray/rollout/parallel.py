@@ -10,6 +10,7 @@ from trace_ray.config import ModelConfig
 from trace_ray.errors import ModelError, TraceRayError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout.keeper import Keeper
+from trace_ray.rollout.measuring import answering, shards
 from trace_ray.rollout.model_job import Deployed, ModelJob
 from trace_ray.rollout.plan import Inputs
 from trace_ray.rollout.realign import realign
@@ -69,7 +70,11 @@ def find_models(
         except TraceRayError as error:
             failed[model.name] = f"{where}.adapter: {error}"
             continue
-        if why := no_room(model.resources, model.training.workers if trained else 1):
+        copies = model.training.workers if trained else shards(model)
+        why = no_room(model.resources, copies)
+        if inputs.config.evaluation is not None:
+            why = why or no_room(answering(model))
+        if why:
             failed[model.name] = f"{where}.resources: {why}"
             continue
         sources[model.name] = source

@@ -18,20 +18,12 @@ from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.grading import ANSWERS, questions, read_measures, write_measures
 from trace_ray.rollout.judging import ask_measuring, judged_clauses
 from trace_ray.rollout.lineage import made_from, write_lineage
-from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
-from trace_ray.runtime.cluster import run_alone
-from trace_ray.runtime.measure import Measured, MeasureJob, measure
-from trace_ray.runtime.progress import Reporter
+from trace_ray.rollout.measuring import Progress, measure_model, shards
+from trace_ray.rollout.model_job import ADAPTERS, MEASURES, ModelJob
+from trace_ray.rollout.scoring import score
+from trace_ray.runtime.measure import MeasureJob
 from trace_ray.runtime.registry import AdapterRecord, RegisteredVersion
-from trace_ray.runtime.score import (
-    SCORES_FILE,
-    ScoreSummary,
-    Scoring,
-    score_conflicts,
-    score_on_cluster,
-    score_schema,
-)
-from trace_ray.runtime.store import StageResult, stream_rows, write_json, write_rows
+from trace_ray.runtime.store import StageResult, stream_rows, write_rows
 from trace_ray.runtime.train import (
     ADAPTER,
     HISTORY,
@@ -49,7 +41,7 @@ def realign(job: ModelJob) -> dict[str, Any]:
     retries = job.inputs.config.retries
     stage = functools.partial(attempt, job.reporter, retries)
     weighted = job.model.training.objective in WEIGHTED
-    scores = stage("score", lambda: _score(job)) if weighted else None
+    scores = stage("score", lambda: score(job)) if weighted else None
     trained = stage("train", lambda: _train(job, scores))
     adapter = trained.path / ADAPTER
     check_adapter(adapter, job.source.digest)
@@ -87,62 +79,6 @@ def realign(job: ModelJob) -> dict[str, Any]:
     write_lineage(job, result, trained, scores)
     job.reporter("done", note=adapter_id)
     return result
-
-
-def _score(job: ModelJob) -> StageResult:
-    training = job.model.training
-
-    def work(out: Path) -> None:
-        job.reporter("score")
-        if training.impact.workers > 1:
-            _score_in_shards(job, out)
-        else:
-            needs = job.needs.and_folders(job.triage_path)
-            resources = job.model.resources
-            run_alone(resources, _score_worker, job, str(out), needs=needs, out=out)
-
-    return job.inputs.store.stage(SCORES, job.scores_key(), work)
-
-
-def _score_in_shards(job: ModelJob, out: Path) -> None:
-    triaged = TriagedRows(Path(str(job.triage_path), "rows"))
-    resources = job.model.resources
-    training = job.model.training
-    scoring = Scoring(job.base_dir, job.deployed_dir, training, resources.n_threads, job.needs)
-    progress = functools.partial(job.reporter, "score")
-    _write_scores(out, score_on_cluster(scoring, triaged, resources, progress))
-
-
-def _score_worker(job: ModelJob, out: str) -> None:
-    triaged = TriagedRows(Path(str(job.triage_path), "rows"))
-    summary = score_conflicts(
-        job.base_dir,
-        job.deployed_dir,
-        triaged,
-        job.model.training,
-        num_threads=job.model.resources.n_threads,
-        progress=functools.partial(job.reporter, "score"),
-    )
-    _write_scores(Path(out), summary)
-
-
-def _write_scores(out: Path, summary: ScoreSummary) -> None:
-    scores = [score.to_row() for score in summary.scores]
-    write_json(out / "scores.json", scores)
-    scores.sort(key=lambda row: row["pair_id"])
-    write_rows(out / SCORES_FILE, scores, score_schema())
-    write_json(out / "gold_batch.json", [pair.to_row() for pair in summary.gold])
-    write_json(
-        out / "summary.json",
-        {
-            "method": summary.method,
-            "conflicts": len(summary.scores),
-            "share_clamped": summary.share_clamped,
-            "effective_sample_size": summary.effective_sample_size,
-            "uniform_fallback": summary.uniform_fallback,
-            "truncated": summary.truncated,
-        },
-    )
 
 
 def _summary(scores: StageResult | None) -> dict[str, Any] | None:
@@ -230,23 +166,21 @@ def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
         max_new_tokens=evaluation.max_new_tokens,
         engine=job.model.engine,
         num_threads=job.model.resources.n_threads,
+        dtype=job.model.training.base_dtype,
+        shards=shards(job.model),
     )
 
     def work(out: Path) -> None:
         job.reporter("measure")
-        needs = job.needs.and_folders(str(adapter.parent))
-        resources = job.model.resources
-        found = run_alone(resources, _measure_worker, todo, job.reporter, needs=needs)
+        needs, reporter = job.needs.and_folders(str(adapter.parent)), job.reporter
+        progress: Progress = lambda what: reporter("measure", note=what)  # noqa: E731
+        found = measure_model(job.model, todo, progress, needs, inputs.store, out)
         job.reporter("measure", note="judging")
         ask = functools.partial(ask_measuring, inputs, grader)
         by_clause = judged_clauses(inputs.policy, grader)
         write_measures(out, inputs.policy, asked, found, ask, evaluation.seed, by_clause)
 
     return inputs.store.stage(MEASURES, job.measures_key(sha256), work)
-
-
-def _measure_worker(todo: MeasureJob, reporter: Reporter) -> Measured:
-    return measure(todo, lambda what: reporter("measure", note=what))
 
 
 def _register(

@@ -33,6 +33,10 @@ class MeasureJob:
     max_new_tokens: int
     engine: EngineConfig
     num_threads: int
+    dtype: str = "float32"
+    """Of the base's weights, as the capability and the drift are measured."""
+    shards: int = 1
+    """Workers that hold a share of these weights each."""
     sides: tuple[str, ...] = (BEFORE, AFTER)
 
 
@@ -56,29 +60,34 @@ class Measured:
         return sum(kl * n for kl, n in self.drift) / tokens if tokens else 0.0
 
 
+Kept = tuple[dict[str, list[bool]], dict[str, dict[str, list[float]]], list[tuple[float, int]]]
+"""The fields of ``Measured`` after its replies."""
+
+
 def measure(job: MeasureJob, progress: Callable[[str], None]) -> Measured:
     """Generate all replies in one engine, then measure capability and drift in one model."""
-    retention = None if job.retention is None else job.retention or _built_in_retention()
-    progress("answering")
-    replies, unrelated = _answers(job, retention or [])
-    progress("retention")
-    return Measured(replies, *_retention(job, retention or [], unrelated))
+    replies, unrelated = measure_answers(job, progress)
+    return Measured(replies, *measure_kept(job, unrelated, progress))
 
 
-def _built_in_retention() -> list[Prompt]:
+def _unrelated(job: MeasureJob) -> list[Prompt]:
     from trace_ray.models.retention import BUILT_IN_PROMPTS
 
-    return [(Message("user", text),) for text in BUILT_IN_PROMPTS]
+    if job.retention is None:
+        return []
+    return job.retention or [(Message("user", text),) for text in BUILT_IN_PROMPTS]
 
 
-def _answers(
-    job: MeasureJob, retention: Sequence[Prompt]
+def measure_answers(
+    job: MeasureJob, progress: Callable[[str], None]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Return each side's replies, and the deployed model's replies to ``retention``."""
+    """Return each side's replies, and the deployed model's replies to the unrelated prompts."""
     from trace_ray.models.chat import encode_prompt, stop_token_ids
     from trace_ray.models.engine import AdapterPath, Engine
     from trace_ray.models.families import load_tokenizer
 
+    progress("answering")
+    retention = _unrelated(job)
     if not job.asked and not retention:
         return {side: [] for side in job.sides}, []
     tokenizer = load_tokenizer(job.base)
@@ -104,17 +113,22 @@ def _answers(
     return found, to_unrelated
 
 
-def _retention(
-    job: MeasureJob, prompts: Sequence[Prompt], replies: Sequence[str]
-) -> tuple[dict[str, list[bool]], dict[str, dict[str, list[float]]], list[tuple[float, int]]]:
-    """Return BLiMP by side, the tasks' items by task and side, and the drift of each unrelated prompt."""
+def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[str], None]) -> Kept:
+    """Return BLiMP by side, the tasks' items by task and side, and the drift of each unrelated prompt.
+
+    Args:
+        job: where the base is sharded, all its workers call this with the same.
+        replies: the deployed model's, to the unrelated prompts.
+        progress: called with what is done now.
+    """
     import torch
 
     from trace_ray.models import retention
     from trace_ray.models.chat import encode_prompt, encode_response
     from trace_ray.models.families import load_tokenizer
 
-    pairs = retention.blimp_pairs(job.blimp_pairs)
+    progress("retention")
+    prompts, pairs = _unrelated(job), retention.blimp_pairs(job.blimp_pairs)
     if not (pairs or prompts or job.tasks):
         return {}, {}, []
     torch.set_num_threads(job.num_threads)
@@ -145,10 +159,13 @@ def _load(job: MeasureJob) -> Any:
     from trace_ray.config import LoraConfig
     from trace_ray.models.policy_model import load_measured_model, load_policy_model
 
-    if job.after is None:
-        model = load_policy_model(job.base, None, LoraConfig(), seed=0)
-        return model.to("cuda") if torch.cuda.is_available() else model
-    return load_measured_model(job.base, job.before, job.after)
+    if job.after is not None:
+        return load_measured_model(job.base, job.before, job.after, job.dtype, job.shards)
+    model = load_policy_model(
+        job.base, None, LoraConfig(), seed=0, dtype=job.dtype, shards=job.shards
+    )
+    whole = job.shards == 1
+    return model.to("cuda") if whole and torch.cuda.is_available() else model
 
 
 def shares(outcomes: Mapping[str, Sequence[float]]) -> dict[str, float | None]:

@@ -62,16 +62,19 @@ class Scoring:
     """torch threads; None leaves torch's choice."""
     needs: Needs = NOTHING
     """What a worker that loads it has to fetch."""
+    shares: bool = False
+    """Whether this is one of torch.distributed's workers, that share the base's weights."""
 
     def load(self) -> Scorer:
         """Return the loaded model."""
         import torch
 
         from trace_ray.models.scorer import Scorer
+        from trace_ray.models.team import ALONE, Team
 
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        return Scorer(self.base, self.adapter, self.config)
+        return Scorer(self.base, self.adapter, self.config, Team.here() if self.shares else ALONE)
 
 
 def score_conflicts(
@@ -81,6 +84,7 @@ def score_conflicts(
     config: TrainingConfig,
     *,
     num_threads: int | None = None,
+    shares: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ScoreSummary:
     """Score every INVERT and PUNISH row for one model in this process (method: stage 2).
@@ -91,12 +95,14 @@ def score_conflicts(
         triaged: all rows; of RETAIN rows only the gold batch takes some.
         config: the model's training section.
         num_threads: torch threads; None leaves torch's choice.
+        shares: this is one of torch.distributed's workers, that share the base's weights: all of them
+            call this, and get the same.
         progress: called with (rows done, all rows).
 
     Raises:
         DataError: there are conflicts but no gold pair, or a score is NaN or infinite.
     """
-    scoring = Scoring(base, adapter, config, num_threads)
+    scoring = Scoring(base, adapter, config, num_threads, shares=shares)
     return score_against(scoring, conflicts_of(triaged), gold_of(triaged, config), progress)
 
 

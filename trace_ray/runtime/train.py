@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,26 +68,9 @@ def train(job: TrainJob, reporter: Reporter) -> None:
     Raises:
         TrainError: training failed; the message holds the worker's reason.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"job": job, "reporter": reporter},
-        scaling_config=ScalingConfig(
-            num_workers=job.config.workers,
-            use_gpu=job.resources.num_gpus > 0,
-            resources_per_worker=job.resources.bundle,
-        ),
-        run_config=RunConfig(
-            name=job.run_name,
-            **_run_storage(job),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=1),
-        ),
-    )
+    group = WorkerGroup(job.config.workers, job.resources, job.run_name, job.checkpoints, job.needs)
     try:
-        trainer.fit()
+        group.run(_train_worker, {"job": job, "reporter": reporter})
     except Exception as error:
         raise TrainError(f"{job.model}: training failed: {root_cause(error)}") from None
     job.needs.take(Path(job.out))
@@ -97,13 +80,47 @@ def train(job: TrainJob, reporter: Reporter) -> None:
         raise TrainError(f"{job.model}: an earlier run left no adapter; run the job again")
 
 
-def _run_storage(job: TrainJob) -> dict[str, Any]:
-    """Return where Ray Train keeps its runs, as ``RunConfig`` takes it."""
-    bucket = job.needs.store and job.needs.store.bucket
-    if not bucket:
-        return {"storage_path": job.checkpoints}
-    place = f"{bucket.name}/{bucket.place(job.checkpoints)}"
-    return {"storage_path": place, "storage_filesystem": bucket.access.filesystem()}
+@dataclass(frozen=True, slots=True)
+class WorkerGroup:
+    """Ray Train's workers of one model, each of them in torch.distributed's group."""
+
+    workers: int
+    resources: Resources
+    run_name: str
+    """Unique per logical run: Ray Train resumes a run of the same name from its checkpoint."""
+    checkpoints: str
+    """Folder of Ray Train's runs; of a storage in a bucket they are there."""
+    needs: Needs
+
+    def run(self, work: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> None:
+        """Run ``work`` with ``arguments`` on every worker, once more where one of them fails."""
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        trainer = TorchTrainer(
+            work,
+            train_loop_config=arguments,
+            scaling_config=ScalingConfig(
+                num_workers=self.workers,
+                use_gpu=self.resources.num_gpus > 0,
+                resources_per_worker=self.resources.bundle,
+            ),
+            run_config=RunConfig(
+                name=self.run_name,
+                **self._storage(),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                failure_config=FailureConfig(max_failures=1),
+            ),
+        )
+        trainer.fit()
+
+    def _storage(self) -> dict[str, Any]:
+        """Return where Ray Train keeps its runs, as ``RunConfig`` takes it."""
+        bucket = self.needs.store and self.needs.store.bucket
+        if not bucket:
+            return {"storage_path": self.checkpoints}
+        place = f"{bucket.name}/{bucket.place(self.checkpoints)}"
+        return {"storage_path": place, "storage_filesystem": bucket.access.filesystem()}
 
 
 def remove_checkpoints(store: Store | None, run: Path) -> None:
