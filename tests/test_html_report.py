@@ -1,5 +1,6 @@
 """The page of a run: self-contained, and safe whatever a model answered."""
 
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -30,7 +31,7 @@ POLICY = {
     ],
 }
 ONE = {"value": 0.5, "ci_low": 0.25, "ci_high": 0.75, "n": 5}
-RATES = {"asr": ONE, "direct": ONE, "wrappers": {EVIL[0]: ONE}, "unjudged": 1}
+RATES = {"asr": ONE, "direct": ONE, "wrappers": dict.fromkeys(EVIL, ONE), "unjudged": 1}
 
 
 class Page(HTMLParser):
@@ -149,6 +150,7 @@ def test_nothing_a_model_wrote_becomes_markup(page):
 
 def test_no_external_request_can_be_made(page):
     found = Page(page.read_text())
+    assert not [value for _, value in found.attributes if re.search(r"https?:|url\(", value or "")]
     assert not [name for name, _ in found.attributes if name in ("src", "href", "srcset", "action")]
     style = page.read_text().partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style
@@ -172,7 +174,7 @@ def test_everything_is_there(page):
     ):
         assert part in " ".join(text.split())
     assert found.tags.count("svg") == 5
-    assert found.tags.count("circle") == 8
+    assert not [value for name, value in found.attributes if name == "id"]
     assert "does not agree → agrees" in text
 
 

@@ -24,7 +24,7 @@ LAYERS = {
     "cli": 7,
     "__init__": -1,
 }
-HEAVY = {"ray", "vllm", "mlflow", "transformers", "peft", "trl"}
+HEAVY = {"ray", "vllm", "mlflow", "matplotlib", "transformers", "peft", "trl"}
 
 
 def imported(path):

@@ -1,15 +1,37 @@
-"""Small SVG charts for the report: plain elements, classes for colour, every text escaped."""
+"""The report's charts: matplotlib draws them, the page's colours and fonts dress them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
 from markupsafe import Markup
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 WIDTH = 520
 """Units of every chart's view box; the page scales it to the column."""
-_LEFT, _RIGHT = 126, 16
+_COLOURS = ("", "rule", "soft", "before", "after", "invert", "punish", "retain", "unjudged")
+"""Colours of the page; matplotlib draws in the shade of blue that is a colour's place here."""
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.titlelocation": "left",
+    "axes.unicode_minus": False,
+    "font.size": 12,
+    "grid.color": "#000001",
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "xtick.bottom": False,
+    "ytick.left": False,
+}
 
 
 def intervals(
@@ -19,140 +41,146 @@ def intervals(
     """Draw estimates with their intervals on a scale of 0 to 100%.
 
     Args:
-        rows: (label, [(css class, {value, ci_low, ci_high})]), one line each.
+        rows: (label, [(colour, {value, ci_low, ci_high})]), one line each under their label.
         title: what the chart shows, for readers of the page without eyes on it.
     """
-    span = WIDTH - _LEFT - _RIGHT - 40
-    parts, y = [], 8
-    for label, marks in rows:
-        middle = y + 9 * len(marks)
-        parts.append(_text(_LEFT - 10, middle + 4, label, "end"))
-        for css, value in marks:
-            at, low, high = (_LEFT + span * value[key] for key in ("value", "ci_low", "ci_high"))
-            y += 9
-            parts.append(_line(low, y, high, y, f"{css} thick"))
-            parts.append(
-                Markup('<circle class="{}" cx="{:.1f}" cy="{}" r="5"/>').format(css, at, y)
-            )
-            parts.append(_text(high + 8, y + 4, f"{100 * value['value']:.0f}%"))
-            y += 9
-        y += 10
-    grid = [
-        _line(_LEFT + span * share, 4, _LEFT + span * share, y - 4, "grid")
-        + _text(_LEFT + span * share, y + 10, f"{100 * share:.0f}%", "middle")
-        for share in (0, 0.25, 0.5, 0.75, 1)
-    ]
-    return _svg([*grid, *parts], y + 18, title)
+    height = sum(26 + 18 * len(marks) for _, marks in rows)
+
+    def draw(axes: Axes) -> None:
+        axes.set(xlim=(0, 1), ylim=(height, 0), xticks=np.linspace(0, 1, 5), yticks=[])
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        y = 0
+        for label, marks in rows:
+            # A longer one would leave a phone's screen; its end tells the rows of a model apart.
+            words = label if len(label) <= 52 else f"{label[:30]}…{label[-21:]}"
+            axes.text(0, y + 12, words)
+            y += 26
+            for colour, value in marks:
+                shade = _shade(colour)
+                axes.plot((value["ci_low"], value["ci_high"]), (y, y), color=shade, lw=3)
+                axes.plot((value["value"],) * 2, (y, y), color=shade, lw=10)
+                words, end = f"{100 * value['value']:.0f}%", (value["ci_high"], y)
+                axes.annotate(words, end, (9, -4), textcoords="offset points")
+                y += 18
+
+    return _svg(draw, height, title, (4, 60, 22, 20))
 
 
 def flow(source: str, parts: Sequence[tuple[str, str, int]]) -> Markup:
-    """Draw one bar that splits into parts, as wide as their counts.
+    """Draw one bar and, under it, the parts it splits into, each from where the last one ends.
 
     Args:
         source: label of the whole.
-        parts: (label, css class, count).
+        parts: (label, colour, count).
     """
-    total = sum(count for _, _, count in parts) or 1
-    height, gap, top = 170, 10, 10
-    scale = (height - gap * (len(parts) - 1)) / total
-    left, right = _LEFT, WIDTH - 160
-    y_from = top + (height - total * scale) / 2
-    drawn = [_text(left - 10, top + height / 2, source, "end")]
-    y_to = float(top)
-    for label, css, count in parts:
-        thick = count * scale
-        middle = (left + right) / 2
-        path = (
-            f"M{left},{y_from:.1f} C{middle},{y_from:.1f} {middle},{y_to:.1f} {right},{y_to:.1f} "
-            f"v{thick:.1f} C{middle},{y_to + thick:.1f} {middle},{y_from + thick:.1f} "
-            f"{left},{y_from + thick:.1f} Z"
-        )
-        drawn.append(Markup('<path class="{} flow" d="{}"/>').format(css, path))
-        words = f"{label}: {count} ({100 * count / total:.0f}%)"
-        drawn.append(_text(right + 10, y_to + thick / 2 + 4, words))
-        y_from, y_to = y_from + thick, y_to + max(thick, 8) + gap
-    return _svg(drawn, max(y_to, top + height) + 6, "what became of each preference pair")
+    total = sum(count for _, _, count in parts)
+    rows = [(source, "soft", total)]
+    for label, colour, count in parts:
+        rows.append((f"{label}: {count} ({100 * count / (total or 1):.0f}%)", colour, count))
+
+    def draw(axes: Axes) -> None:
+        axes.set(xlim=(0, total or 1), ylim=(40 * len(rows), 0), xticks=[], yticks=[])
+        left = 0
+        for place, (words, colour, count) in enumerate(rows):
+            y, shade = 40 * place, _shade(colour)
+            axes.text(0, y + 14, words)
+            # The outline shows a part too small for its area to be seen.
+            axes.barh(y + 27, count, 12, left, color=shade, ec=shade, lw=1 if count else 0)
+            left += count if place else 0
+
+    return _svg(draw, 40 * len(rows), "what became of each preference pair", (4, 1, 4, 1))
 
 
 def histogram(groups: Sequence[tuple[str, str, Sequence[float]]], unit: str) -> Markup:
     """Draw stacked counts of values in 24 bins.
 
     Args:
-        groups: (label, css class, values).
+        groups: (label, colour, values).
         unit: what the horizontal axis shows.
     """
-    values = np.concatenate([np.asarray(each, float) for _, _, each in groups])
-    edges = np.histogram_bin_edges(values, bins=24)
-    counts = [np.histogram(each, edges)[0] for _, _, each in groups]
-    height, top, left = 110, 10, 40
-    tallest = max(1, int(np.sum(counts, axis=0).max()))
-    width = (WIDTH - left - _RIGHT) / (len(edges) - 1)
-    below = np.zeros(len(edges) - 1)
-    parts = [
-        _text(left - 6, top + 8, str(tallest), "end"),
-        _text(left - 6, top + height, "0", "end"),
-    ]
-    for (_, css, _), count in zip(groups, counts, strict=True):
-        for place, number in enumerate(count):
-            tall = height * number / tallest
-            y = top + height - tall - height * below[place] / tallest
-            parts.append(
-                Markup(
-                    '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
-                ).format(css, left + place * width, y, width - 1, tall)
-            )
-        below += count
-    parts.append(_line(left, top + height, WIDTH - _RIGHT, top + height, "grid"))
-    for place in (0, 12, 24):
-        x = left + place * width
-        parts.append(_text(x, top + height + 14, f"{edges[place]:.2g}", "middle"))
-    parts.append(_text(WIDTH / 2, top + height + 30, unit, "middle"))
-    return _svg(parts, top + height + 36, unit)
+
+    def draw(axes: Axes) -> None:
+        values, shades = [each for _, _, each in groups], [_shade(name) for _, name, _ in groups]
+        axes.hist(values, 24, stacked=True, histtype="stepfilled", color=shades)
+        axes.set(title="count", xlabel=unit)
+        axes.locator_params("y", nbins=3, integer=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+
+    return _svg(draw, 120, unit)
 
 
 def lines(series: Sequence[tuple[str, Sequence[float], Sequence[float]]], unit: str) -> Markup:
-    """Draw curves over steps.
+    """Draw curves over steps, each thicker than the one before it.
 
     Args:
-        series: (css class, steps, values).
+        series: (colour, steps, values).
         unit: what the vertical axis shows.
     """
-    steps = np.concatenate([np.asarray(each, float) for _, each, _ in series])
-    values = np.concatenate([np.asarray(each, float) for _, _, each in series])
-    height, top, left = 130, 18, 48
-    low, high = min(0.0, float(values.min())), float(values.max()) or 1.0
-    first, last = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1)
 
-    def y_of(value: float) -> float:
-        return top + height * (high - value) / (high - low or 1)
+    def draw(axes: Axes) -> None:
+        for place, (colour, at, found) in enumerate(series):
+            shade = _shade(colour)
+            axes.plot(at, found, color=shade, lw=1.5 + place)
+            # A dot, for a curve of one step is a line of no length.
+            axes.plot([at[-1]] * 2, [found[-1]] * 2, color=shade, lw=6)
+        first, last = min(at[0] for _, at, _ in series), max(at[-1] for _, at, _ in series)
+        axes.set(title=unit, xlabel="step", xlim=(first, max(last, first + 1)))
+        axes.set_ylim(min(0, axes.dataLim.y0))
+        axes.locator_params("x", integer=True)
+        axes.locator_params("y", nbins=4)
+        axes.yaxis.set_major_formatter("{x:g}")
 
-    parts = [_line(left, y_of(v), WIDTH - _RIGHT, y_of(v), "grid") for v in (low, high)]
-    parts += [_text(left - 6, y_of(v) + 4, f"{v:.3g}", "end") for v in (low, high)]
-    parts += [_text(left, 12, unit)]
-    for css, at, found in series:
-        points = " ".join(
-            f"{left + (WIDTH - left - _RIGHT) * (step - first) / (last - first):.1f},{y_of(v):.1f}"
-            for step, v in zip(at, found, strict=True)
-        )
-        parts.append(Markup('<polyline class="{}" points="{}"/>').format(css, points))
-    parts += [_text(left, top + height + 16, f"step {first:.0f}")]
-    parts += [_text(WIDTH - _RIGHT, top + height + 16, f"{last:.0f}", "end")]
-    return _svg(parts, top + height + 22, unit)
+    return _svg(draw, 140, unit)
 
 
-def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:
+def _shade(colour: str) -> str:
+    return f"#0000{_COLOURS.index(colour):02x}"
+
+
+def _svg(
+    draw: Callable[[Axes], None],
+    height: float,
+    title: str,
+    margins: tuple[float, float, float, float] = (24, 24, 40, 56),
+) -> Markup:
+    """Return the paths and texts of what matplotlib draws: no id, reference or font is left.
+
+    Args:
+        draw: what draws into axes.
+        height: theirs.
+        title: the chart's, for readers of the page without eyes on it.
+        margins: around the axes: above, right, below, left.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    above, right, below, left = margins
+    whole, file = above + height + below, io.StringIO()
+    place = (left / WIDTH, below / whole, (WIDTH - left - right) / WIDTH, height / whole)
+    with style.context(["default", _STYLE]):
+        figure = Figure((WIDTH / 72, whole / 72), frameon=False)
+        draw(figure.add_axes(place, frameon=False))
+        for text in figure.findobj(Text):
+            # In ASCII on its way: fonts lack glyphs, and XML has no control characters.
+            text.set_text(text.get_text().encode("unicode_escape").decode())
+        figure.savefig(file, format="svg")
+    parts = []
+    for element in ElementTree.fromstring(file.getvalue()).iter():
+        css = element.get("style", "")
+        if element.tag.endswith("}path"):
+            css = re.sub(r"#0000(..)", lambda m: f"var(--{_COLOURS[int(m[1], 16)]})", css)
+            path = " ".join(_short(element.get("d", "")).split())
+            parts.append(Markup('<path style="{}" d="{}"/>').format(css, path))
+        elif element.tag.endswith("}text"):
+            words = (element.text or "").encode().decode("unicode_escape")
+            at = (_short(element.get("x", "")), _short(element.get("y", "")))
+            tag = '<text x="{}" y="{}" text-anchor="{}">{}</text>'
+            parts.append(Markup(tag).format(*at, css.partition("text-anchor: ")[2], words))
     return Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, height, title, Markup("").join(parts)
+        WIDTH, whole, title, Markup("").join(parts)
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        x, y, anchor, text
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
-    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
-        css, x1, y1, x2, y2
-    )
+def _short(numbers: str) -> str:
+    return re.sub(r"\d+\.\d+", lambda m: f"{float(m[0]):.1f}", numbers)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from trace_ray.config import load_config
 from trace_ray.core.agreement import clause_shares
@@ -127,7 +128,9 @@ def page_environment() -> Environment:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        finalize=lambda value: _CONTROL.sub("\ufffd", value) if type(value) is str else value,
+        finalize=lambda value: (
+            type(value)(_CONTROL.sub("\ufffd", value)) if type(value) in (str, Markup) else value
+        ),
     )
     made.filters["share"] = lambda value: f"{100 * value:.1f}%".replace(".0%", "%")
     made.filters["points"] = lambda value: f"{100 * value:+.0f}"
