@@ -50,6 +50,14 @@ def process(argv, log, **env):
                 started.wait(timeout=15)
 
 
+def kill(started):
+    """SIGKILL a process with everything it started: Ray's would take their time to end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in [psutil.Process(started.pid), *psutil.Process(started.pid).children(True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
 def wait_until(ready, limit_s=60):
     limit = time.monotonic() + limit_s
     while not ready():
@@ -82,10 +90,7 @@ class Nodes:
 
     def kill(self, which):
         """SIGKILL a worker with everything on it."""
-        node = self.up.pop(which)
-        for each in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+        kill(self.up.pop(which))
 
 
 @contextlib.contextmanager
@@ -108,12 +113,12 @@ def cluster(folder, workers=2, cpus=2):
         sessions = running.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
         head.append(f"--temp-dir={sessions}")
         log = folder / "head.log"
-        running.enter_context(process(head, log, **env))
+        first = running.enter_context(process(head, log, **env))
         wait_until(lambda: "Ray runtime started" in log.read_text())
         env |= {"RAY_ADDRESS": address, "TRACE_RAY_CACHE": str(cache)}
         nodes = Nodes(folder, worker, cache, env, running)
         for _ in range(workers):
             nodes.add()
         yield nodes
-        while nodes.up:  # they would take their time
-            nodes.kill(0)
+        for each in (*nodes.up, first):
+            kill(each)

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from trace_ray.config import FleetConfig, Resources
+from trace_ray.errors import ConfigError
+from trace_ray.rollout.room import no_room, require_room
+from trace_ray.runtime.cluster import node_cpus
+
 ROOT = Path(__file__).parents[2]
 SHOW = """
 import json, os
@@ -40,3 +45,17 @@ def test_workers_get_what_a_submitted_job_s_own_runtime_env_sets(own):
     folders = found["PYTHONPATH"].split(os.pathsep)
     assert str(ROOT) in folders
     assert own.get("PYTHONPATH", str(ROOT)) in folders
+
+
+def test_a_cluster_without_an_autoscaler_refuses_what_it_can_never_hold(cluster, capsys):
+    cpus = int(max(node_cpus()))
+    assert no_room(Resources(num_cpus=cpus)) == ""
+    found = no_room(Resources(num_cpus=cpus), 2)
+    assert f"2 x ({cpus} CPU) asked for at once, all 1 nodes have room for 1" in found
+    wanted = {"num_gpus": 2, "custom": {"judge": 1}}
+    judge = {"model": "m", "labels": "l", "resources": wanted}
+    fleet = {"policy": "p", "data": {"source": "d"}, "judge": judge}
+    config = FleetConfig.model_validate(fleet | {"models": [{"name": "a", "base": "b"}]})
+    with pytest.raises(ConfigError, match=r"judge.resources: .* has 0 GPU; 1 judge asked for"):
+        require_room(config)
+    assert "warning" not in capsys.readouterr().err
