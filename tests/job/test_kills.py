@@ -23,7 +23,7 @@ SEED = 7
 WORKERS = (
     "TriageBatch",
     "RayTrainWorker",
-    "_measure_worker",
+    "measure",
     "_score_worker",
     "realign",
     "fit_judge",
