@@ -27,14 +27,19 @@ PATTERN = (
 SCHEMA = "hh-rlhf"
 
 
-def triaged_rows(tokenizer: Any, n: int, max_length: int) -> list[TriagedPair]:
-    """Return ``n`` pairs evenly spaced in length, so that any ``n`` has the same mix of lengths."""
+def all_pairs(most: int | None = None) -> list[PreferencePair]:
+    """Return the file's first pairs, or all of them, each once."""
     folder = os.environ.get("TRACE_RAY_DATA")
     if not folder or not Path(folder, FILE).is_file():
         raise typer.BadParameter(f"set TRACE_RAY_DATA to the folder of {FILE}")
     parsed = parse_rows(Path(folder, FILE), SCHEMA)
     good = (pair for pair in parsed if isinstance(pair, PreferencePair))
-    pool = list({pair.pair_id: pair for pair in itertools.islice(good, POOL)}.values())
+    return list({pair.pair_id: pair for pair in itertools.islice(good, most)}.values())
+
+
+def triaged_rows(tokenizer: Any, n: int, max_length: int) -> list[TriagedPair]:
+    """Return ``n`` pairs evenly spaced in length, so that any ``n`` has the same mix of lengths."""
+    pool = all_pairs(POOL)
     if n > len(pool):
         raise typer.BadParameter(f"at most {len(pool)} rows")
 

@@ -122,7 +122,7 @@ def run_models(
     address = ray.get_runtime_context().gcs_address
     task = ray.remote(
         num_cpus=0,
-        max_retries=0,
+        max_retries=1,  # of a process that is lost: its stages go on from what is there
         runtime_env={"env_vars": {"RAY_ADDRESS": address}},
         **on_this_node(),
     )(realign)

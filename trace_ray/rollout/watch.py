@@ -102,8 +102,8 @@ class ChampionWatch:
             if refused or not states:
                 raise RolloutError("\n".join(refused or left_out))
             there = self.records.files()
-            fresh = [p for p in there if kept["seen"] is not None and p.name not in kept["seen"]]
-            rows = [row for path in fresh for row in rows_of(path)]
+            seen = {path.name for path in there} if kept["seen"] is None else {*kept["seen"]}
+            rows = [row for path in there if path.name not in seen for row in rows_of(path)]
             after = [self._looked(state, found, rows) for state, found in states]
             self._write(after, [path.name for path in there])
             return after, left_out
