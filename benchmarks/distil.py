@@ -22,7 +22,7 @@ from benchmarks.table import report
 from trace_ray.core.refusals import is_refusal
 from trace_ray.rollout.distil import distil
 from trace_ray.runtime.cluster import connected
-from trace_ray.types import LabelledResponse, PreferencePair
+from trace_ray.types import Label, LabelledResponse, PreferencePair
 
 LONGEST = 1200
 """Characters of a dialogue with its reply."""
@@ -44,6 +44,10 @@ def labelled(pairs: list[PreferencePair]) -> list[LabelledResponse]:
                 found[refuses].append(LabelledResponse(pair.prompt, text, refuses, pair.pair_id))
     refusals = found[True]
     return refusals + random.Random(0).sample(found[False], OTHERS * len(refusals))
+
+
+def _label_row(row: LabelledResponse) -> dict[str, Any]:
+    return row.to_row() | {"verdict": str(Label.VIOLATES if row.violates else Label.COMPLIES)}
 
 
 def config_of(folder: Path, seed: int, model: str, epochs: float, threads: int) -> str:
@@ -74,7 +78,7 @@ def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 2, thread
     with tempfile.TemporaryDirectory() as name, connected():
         folder = Path(name)
         labels = folder / "labels.jsonl"
-        labels.write_text("".join(json.dumps(row.to_row()) + "\n" for row in rows))
+        labels.write_text("".join(json.dumps(_label_row(row)) + "\n" for row in rows))
         policy = {"id": "helpful", "version": "1", "clauses": [CLAUSE]}
         (folder / "policy.yaml").write_text(yaml.safe_dump(policy))
         (folder / "pairs.jsonl").write_text("")
