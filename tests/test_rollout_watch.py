@@ -121,6 +121,10 @@ def test_without_a_floor_it_is_what_the_wave_measured_less_the_margin(promoted):
     # Wilson's 95% interval of 90% begins a few points lower, and the margin is 20 points.
     assert re.search(r"one@2-\w+: 0 of 0 .* floor 6[5-9]\.\d%", done.output)
     assert "not watched: two: two@1-" in done.output
+    answered(promoted, "one", [False] * 60)
+    assert "rolled back to one@1-" in rollout(promoted, "watch").output
+    done = rollout(promoted, "watch")  # goes on, for whoever comes next
+    assert (done.exit_code, "not watched: one: one@1-" in done.output) == (0, True), done.output
 
 
 def test_a_config_under_which_nothing_is_judged_is_refused(promoted):

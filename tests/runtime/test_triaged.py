@@ -10,8 +10,8 @@ import pytest
 from trace_ray.config import TrainingConfig
 from trace_ray.core.triage import counts, flipped, triage
 from trace_ray.rollout.lineage import set_digests
-from trace_ray.rollout.realign import _write_scores
 from trace_ray.rollout.report import _scored
+from trace_ray.rollout.scoring import _write_scores
 from trace_ray.runtime import triaged
 from trace_ray.runtime.score import SCORES_FILE, ScoreSummary, conflicts_of, gold_of
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows, write_triaged

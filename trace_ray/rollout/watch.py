@@ -82,10 +82,12 @@ class ChampionWatch:
     def step(self) -> tuple[list[Watched], list[str]]:
         """Take in the records that came since; return each champion's watch, and who has none and why.
 
-        A first step begins the watch: records so far don't count.
+        A first step begins the watch: records so far don't count. Later on a model may have none for a
+        while, as after a rollback to a champion of which no floor is known.
 
         Raises:
-            RolloutError: no model can be watched, or the state can't be read.
+            RolloutError: the watch begins and no model can be watched, no verdict would ever come of the
+                config's ``serve`` section, or the state can't be read.
             BusyError: another operator is at work.
         """
         with self._alone():
@@ -99,10 +101,11 @@ class ChampionWatch:
                 else:
                     states.append((state, found))
             refused = deaf(self.rollouts.config.serve)
-            if refused or not states:
+            begins = kept["seen"] is None
+            if refused or (begins and not states):
                 raise RolloutError("\n".join(refused or left_out))
             there = self.records.files()
-            seen = {path.name for path in there} if kept["seen"] is None else {*kept["seen"]}
+            seen = {path.name for path in there} if begins else {*kept["seen"]}
             rows = [row for path in there if path.name not in seen for row in rows_of(path)]
             after = [self._looked(state, found, rows) for state, found in states]
             self._write(after, [path.name for path in there])
