@@ -25,12 +25,10 @@ from trace_ray.core.drops import (
 from trace_ray.core.metrics import share_interval
 from trace_ray.core.promotion import CHAMPION, PREVIOUS
 from trace_ray.core.sequential import Arm
-from trace_ray.core.waves import WaveState
 from trace_ray.errors import RolloutError
 from trace_ray.rollout.live_records import LiveRecords, by_bare_name, complies, deaf, rows_of
 from trace_ray.rollout.promotion import ModelState, Rollouts
-from trace_ray.rollout.waves import STATE as WAVES
-from trace_ray.rollout.waves import WAIT_S
+from trace_ray.rollout.waves import WAIT_S, read_rollout
 from trace_ray.runtime.audit_log import user
 from trace_ray.runtime.journal import operators_lock
 from trace_ray.runtime.state_files import StateFiles
@@ -135,15 +133,14 @@ class ChampionWatch:
 
     def _floor(self, model: str, adapter: str) -> float | None:
         """Return what a champion's wave says that it can do; None where it had none."""
-        text = self.files.read(WAVES)
-        if text is None:
+        view = read_rollout(self.files)
+        if view is None or view.test is None:
             return None
-        row = json.loads(text)
-        test = WaveState.from_row(row["state"]).tests.get(model, {}).get("compliance")
-        if test is None or row["arms"].get(model, {}).get(adapter) != Arm.CANDIDATE:
+        seen = view.state.tests.get(model, {}).get("compliance")
+        if seen is None or view.arms.get(model, {}).get(adapter) != Arm.CANDIDATE:
             return None
-        share = share_interval(test.candidate_complied, test.candidate_n)
-        floor = share.ci_low - row["plan"]["margin"]
+        share = share_interval(seen.candidate_complied, seen.candidate_n)
+        floor = share.ci_low - view.test.margin
         return floor if floor > 0 else None
 
     def _looked(

@@ -296,6 +296,8 @@ class RolloutView:
     waves: int | None
     """How many there are; this and the test are None in a state of an earlier version."""
     test: SequentialConfig | None
+    arms: dict[str, dict[str, str]]
+    """Model -> adapter id -> arm."""
 
 
 def read_rollout(files: StateFiles) -> RolloutView | None:
@@ -314,7 +316,8 @@ def read_rollout(files: StateFiles) -> RolloutView | None:
             return None
         row = json.loads(text)
         test = SequentialConfig(**row["test"]) if "test" in row else None
-        return RolloutView(WaveState.from_row(row["state"]), row["at"], row.get("waves"), test)
+        state, arms = WaveState.from_row(row["state"]), row.get("arms", {})
+        return RolloutView(state, row["at"], row.get("waves"), test, arms)
     except (OSError, ValueError, TypeError, KeyError, DataError) as error:
         raise RolloutError(f"{files.where(STATE)}: can't be read: {error}") from None
 
