@@ -172,6 +172,16 @@ def test_workers_that_share_the_base_find_what_one_does(cluster, base, deployed,
         assert off < (5e-3 if name == "fd" else 1e-4), name
 
 
+def test_an_error_of_ours_leaves_a_group_as_itself(cluster, tmp_path):
+    def work(_):
+        raise DataError("rows.parquet: row 3 has no prompt")
+
+    group = WorkerGroup(1, Resources(num_cpus=1, threads=1), "broken", str(tmp_path), NOTHING)
+    with pytest.raises(DataError, match=r"^rows.parquet: row 3 has no prompt$"):
+        group.run_afresh(work, {}, "support: scoring")
+    assert not (tmp_path / "broken").exists()
+
+
 def test_shards_hold_each_row_once_and_a_prompt_together():
     rows = conflicts_of(triaged())
     rows += [c for c in rows[:3]]  # prompts that come twice

@@ -153,6 +153,7 @@ class Engine:
         from trace_ray.models.vllm_cpu_lora import register
 
         register()
+        self.model_dir = model_dir
         self._lora = lora
         self._max_tokens = config.max_model_len
         self._kwargs = engine_kwargs(config, model_dir, lora=lora)
@@ -238,6 +239,11 @@ class Engine:
         outputs = self._run(prompt_token_ids, params, adapters)
         return [[answer.text for answer in output.outputs] for output in outputs]
 
+    @property
+    def llm_engine(self) -> Any:
+        """The engine proper, by the name that it has in ``vllm.LLM``."""
+        return self._llm.llm_engine
+
     def close(self) -> None:
         """Free the engine's memory. The object can't be used afterwards."""
         if hasattr(self, "_llm"):
@@ -258,15 +264,21 @@ class Engine:
                     f"{self._max_tokens - 1} (raise engine.max_model_len)"
                 )
         prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_token_ids]
-        requests = [self._request(adapter) for adapter in adapters] if self._lora else None
+        requests = [self.request(adapter) for adapter in adapters] if self._lora else None
         if not self._lora and any(adapters):
             raise ModelError("this engine was started without lora=True and can't use an adapter")
-        return self._generate(prompts, params, requests)
+        return self.ask(prompts, params, requests)
 
-    def _generate(
-        self, prompts: list[Any], params: Any, requests: Any, *, again: bool = True
+    def ask(
+        self, prompts: list[Any], params: Any, lora_request: Any, *, again: bool = True
     ) -> list[Any]:
-        """Ask the engine; one whose process has died is started again, once.
+        """Ask vLLM in its own types; an engine whose process has died is started again, once.
+
+        Args:
+            prompts: vLLM's.
+            params: its sampling parameters, one or one a prompt.
+            lora_request: None, one, or one a prompt (``request``).
+            again: whether an engine that dies of this is started again.
 
         Raises:
             ModelError: vLLM refuses a prompt, or died of one twice; the next call starts it again.
@@ -276,14 +288,14 @@ class Engine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self._llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+            return self._llm.generate(prompts, params, lora_request=lora_request, use_tqdm=False)
         except VLLMClientError as error:
             raise ModelError(f"vLLM refuses a prompt: {error}") from error
         except EngineDeadError as error:
             if not again:
                 raise ModelError("vLLM's engine died twice over these prompts") from error
             self._start_again()
-            return self._generate(prompts, params, requests, again=False)
+            return self.ask(prompts, params, lora_request, again=False)
 
     def _start_again(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
@@ -293,7 +305,8 @@ class Engine:
             # Not a ModelError: that would be taken for a word about the prompts.
             raise TraceRayError(f"the engine's process died: {error}") from error
 
-    def _request(self, adapter: AdapterPath | None) -> Any:
+    def request(self, adapter: AdapterPath | None) -> Any:
+        """Return what vLLM calls the adapter; None for the base model."""
         from vllm.lora.request import LoRARequest
 
         if adapter is None:

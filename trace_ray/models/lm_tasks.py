@@ -1,4 +1,4 @@
-"""Capability on tasks of lm-evaluation-harness, item by item, with the model that is already loaded.
+"""Capability on tasks of lm-evaluation-harness, item by item, in the engine that answers.
 
 Left out: tasks that are measured as a whole (perplexities, corpus BLEU): what a gate compares has to be
 paired.
@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ray.errors import DataError
+from trace_ray.errors import DataError, TraceRayError
 from trace_ray.models.references import remembered_digest
 from trace_ray.types import content_digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-    from peft import PeftModel
 
-_BATCH_SIZE = 8
+    from trace_ray.models.engine import AdapterPath, Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class TaskSuite:
         found = sorted(Path(self.folder).rglob("*")) if self.folder else []
         files = [at for at in found if at.is_file() and "__pycache__" not in at.parts]
         content = remembered_digest(files, cache)
-        return content_digest([self.names, self.limit, content, version("lm_eval")])
+        return content_digest([self.names, self.limit, content, version("lm_eval"), "vllm"])
 
     def check(self) -> None:
         """Look the tasks up.
@@ -61,43 +60,38 @@ class TaskSuite:
                 "'lm-eval ls tasks' lists them"
             )
 
-    def outcomes(
-        self, model: PeftModel, tokenizer: Any, *, trained: bool
-    ) -> dict[str, list[float]]:
+    def outcomes(self, engine: Engine, adapter: AdapterPath | None) -> dict[str, list[float]]:
         """Return per task (groups taken apart) each item's first metric, more is better.
 
         Args:
-            model: the realigned adapter as ``default``, the deployed one as ``ref`` or the base.
-            tokenizer: the base's.
-            trained: whether the realigned model is measured, or the deployed one.
+            engine: started with ``lora=True``.
+            adapter: with which it answers; None = the base.
 
         Raises:
-            DataError: a task whose data isn't there, or that has no metric per item.
+            DataError: a task whose data isn't there, that has no metric per item, or that has items
+                for which the model, but not this engine, has room.
+            ModelError: the engine dies of an item.
         """
         import lm_eval
-        from lm_eval.models import huggingface
 
-        from trace_ray.models.retention import inference, measuring
+        from trace_ray.models.harness import HarnessModel
 
-        # Decorators of the harness hide both signatures from a type checker.
-        evaluate: Any = lm_eval.simple_evaluate
-        wrapped: Any = huggingface.HFLM
+        evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its signature
         try:
-            with inference(model), measuring(model, trained=trained):
-                found = evaluate(
-                    model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_SIZE),
-                    tasks=list(self.names),
-                    task_manager=_manager(self.names, self.folder),
-                    limit=self.limit,
-                    log_samples=True,
-                    bootstrap_iters=0,
-                )
+            found = evaluate(
+                model=HarnessModel(engine, adapter),
+                tasks=list(self.names),
+                task_manager=_manager(self.names, self.folder),
+                limit=self.limit,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        except TraceRayError:
+            raise
         except Exception as error:  # whatever a task file or its data set does
             raise DataError(
                 f"evaluation.tasks: {', '.join(self.names)}: {type(error).__name__}: {error}"
             ) from error
-        if found is None:  # of workers that share a base, one on each node is told
-            return {}
         better = found["higher_is_better"]
         return {
             task: _items(task, samples, better.get(task) or {})

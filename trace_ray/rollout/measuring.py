@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.config import ModelConfig, Resources
-from trace_ray.errors import TrainError
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.measure import (
     Measured,
@@ -20,7 +19,7 @@ from trace_ray.runtime.measure import (
 )
 from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.store import Store, write_json
-from trace_ray.runtime.train import WorkerGroup, remove_checkpoints, root_cause
+from trace_ray.runtime.train import WorkerGroup
 
 KEPT = "kept.json"
 """What the workers of a sharded base found, in the stage's folder."""
@@ -54,26 +53,19 @@ def measure_model(
         out: the stage's folder.
 
     Raises:
-        TrainError: the workers of a sharded base failed.
+        TraceRayError: the workers failed.
     """
     if not model.training.shard_base:
         return run_alone(model.resources, measure, todo, progress, needs=needs)
-    replies, unrelated = run_alone(answering(model), measure_answers, todo, progress, needs=needs)
-    run_name, checkpoints = (
-        f"{model.name}-measures-{uuid.uuid4().hex[:16]}",
-        Path(store.root, "train"),
-    )
+    asked = run_alone(answering(model), measure_answers, todo, progress, needs=needs)
+    checkpoints = Path(store.root, "train")
+    run_name = f"{model.name}-measures-{uuid.uuid4().hex[:16]}"
     group = WorkerGroup(model.training.workers, model.resources, run_name, str(checkpoints), needs)
-    arguments = {"todo": todo, "unrelated": unrelated, "progress": progress, "out": str(out)}
-    try:
-        group.run(_measure_in_group, arguments | {"needs": needs})
-    except Exception as error:
-        raise TrainError(f"{model.name}: measuring failed: {root_cause(error)}") from None
-    finally:
-        remove_checkpoints(store, checkpoints / run_name)
+    arguments = {"todo": todo, "unrelated": asked.unrelated, "progress": progress, "out": str(out)}
+    group.run_afresh(_measure_in_group, arguments | {"needs": needs}, f"{model.name}: measuring")
     needs.take(out)
-    capability, tasks, drift = json.loads((out / KEPT).read_text())
-    return Measured(replies, capability, tasks, [(kl, n) for kl, n in drift])
+    capability, drift = json.loads((out / KEPT).read_text())
+    return Measured(asked.replies, capability, asked.tasks, [(kl, n) for kl, n in drift])
 
 
 def _measure_in_group(loop_config: dict[str, Any]) -> None:

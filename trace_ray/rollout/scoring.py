@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from trace_ray.errors import TrainError
 from trace_ray.rollout.model_job import SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.score import (
@@ -18,7 +17,7 @@ from trace_ray.runtime.score import (
     score_schema,
 )
 from trace_ray.runtime.store import StageResult, write_json, write_rows
-from trace_ray.runtime.train import WorkerGroup, remove_checkpoints, root_cause
+from trace_ray.runtime.train import WorkerGroup
 from trace_ray.runtime.triaged import TriagedRows
 from trace_ray.types import content_digest
 
@@ -57,13 +56,8 @@ def _score_together(job: ModelJob, out: Path) -> None:
     run_name = f"{job.model.name}-scores-{content_digest(job.scores_key())[:16]}"
     training, resources = job.model.training, job.model.resources
     group = WorkerGroup(training.workers, resources, run_name, str(checkpoints), needs)
-    remove_checkpoints(job.inputs.store, checkpoints / run_name)
-    try:
-        group.run(_score_in_group, {"job": job, "needs": needs, "out": str(out)})
-    except Exception as error:
-        raise TrainError(f"{job.model.name}: scoring failed: {root_cause(error)}") from None
-    finally:
-        remove_checkpoints(job.inputs.store, checkpoints / run_name)
+    arguments = {"job": job, "needs": needs, "out": str(out)}
+    group.run_afresh(_score_in_group, arguments, f"{job.model.name}: scoring")
     needs.take(out)
 
 

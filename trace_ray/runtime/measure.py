@@ -29,7 +29,7 @@ class MeasureJob:
     blimp_pairs: int
     """For the capability; 0 = not measured."""
     tasks: TaskSuite
-    """For the capability too; without names none."""
+    """For the capability too, in the engine that answers; without names none."""
     max_new_tokens: int
     engine: EngineConfig
     num_threads: int
@@ -60,14 +60,27 @@ class Measured:
         return sum(kl * n for kl, n in self.drift) / tokens if tokens else 0.0
 
 
-Kept = tuple[dict[str, list[bool]], dict[str, dict[str, list[float]]], list[tuple[float, int]]]
-"""The fields of ``Measured`` after its replies."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an engine said."""
+
+    replies: dict[str, list[str]]
+    """As ``Measured`` has them."""
+    unrelated: list[str] = field(default_factory=list)
+    """The deployed model's replies to the unrelated prompts."""
+    tasks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """As ``Measured`` has them."""
+
+
+Kept = tuple[dict[str, list[bool]], list[tuple[float, int]]]
+"""``Measured.capability`` and ``Measured.drift``."""
 
 
 def measure(job: MeasureJob, progress: Callable[[str], None]) -> Measured:
     """Generate all replies in one engine, then measure capability and drift in one model."""
-    replies, unrelated = measure_answers(job, progress)
-    return Measured(replies, *measure_kept(job, unrelated, progress))
+    asked = measure_answers(job, progress)
+    capability, drift = measure_kept(job, asked.unrelated, progress)
+    return Measured(asked.replies, capability, asked.tasks, drift)
 
 
 def _unrelated(job: MeasureJob) -> list[Prompt]:
@@ -78,18 +91,16 @@ def _unrelated(job: MeasureJob) -> list[Prompt]:
     return job.retention or [(Message("user", text),) for text in BUILT_IN_PROMPTS]
 
 
-def measure_answers(
-    job: MeasureJob, progress: Callable[[str], None]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Return each side's replies, and the deployed model's replies to the unrelated prompts."""
+def measure_answers(job: MeasureJob, progress: Callable[[str], None]) -> Asked:
+    """Ask an engine, with each side's adapter in turn."""
     from trace_ray.models.chat import encode_prompt, stop_token_ids
     from trace_ray.models.engine import AdapterPath, Engine
     from trace_ray.models.families import load_tokenizer
 
     progress("answering")
     retention = _unrelated(job)
-    if not job.asked and not retention:
-        return {side: [] for side in job.sides}, []
+    if not (job.asked or retention or job.tasks):
+        return Asked({side: [] for side in job.sides})
     tokenizer = load_tokenizer(job.base)
     once = list(dict.fromkeys(job.asked))
     encoded = [encode_prompt(tokenizer, prompt) for prompt in once]
@@ -109,12 +120,17 @@ def measure_answers(
             found[side] = [of[prompt] for prompt in job.asked]
         if side == BEFORE:
             to_unrelated = texts[len(ours) :]
+    tasks: dict[str, dict[str, list[float]]] = {}
+    for side in job.sides if job.tasks else ():
+        progress(f"tasks, {side}")
+        for task, items in job.tasks.outcomes(engine, adapters[side]).items():
+            tasks.setdefault(task, {})[side] = items
     engine.close()
-    return found, to_unrelated
+    return Asked(found, to_unrelated, tasks)
 
 
 def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[str], None]) -> Kept:
-    """Return BLiMP by side, the tasks' items by task and side, and the drift of each unrelated prompt.
+    """Return BLiMP by side, and the drift of each unrelated prompt.
 
     Args:
         job: where the base is sharded, all its workers call this with the same.
@@ -129,8 +145,8 @@ def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[st
 
     progress("retention")
     prompts, pairs = _unrelated(job), retention.blimp_pairs(job.blimp_pairs)
-    if not (pairs or prompts or job.tasks):
-        return {}, {}, []
+    if not (pairs or prompts):
+        return {}, []
     torch.set_num_threads(job.num_threads)
     tokenizer = load_tokenizer(job.base)
     model = _load(job)
@@ -145,11 +161,7 @@ def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[st
         for side in job.sides
         if pairs
     }
-    tasks: dict[str, dict[str, list[float]]] = {}
-    for side in job.sides if job.tasks else ():
-        for task, items in job.tasks.outcomes(model, tokenizer, trained=side == AFTER).items():
-            tasks.setdefault(task, {})[side] = items
-    return capability, tasks, drift
+    return capability, drift
 
 
 def _load(job: MeasureJob) -> Any:

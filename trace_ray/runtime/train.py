@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import Resources, TrainingConfig
 from trace_ray.data.sources import pair_schema
-from trace_ray.errors import TrainError
+from trace_ray.errors import TraceRayError, TrainError
 from trace_ray.models.adapters import WEIGHTS
 from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.runtime.progress import Reporter
@@ -72,7 +72,7 @@ def train(job: TrainJob, reporter: Reporter) -> None:
     try:
         group.run(_train_worker, {"job": job, "reporter": reporter})
     except Exception as error:
-        raise TrainError(f"{job.model}: training failed: {root_cause(error)}") from None
+        raise TrainError(f"{job.model}: training failed: {last_line(root_error(error))}") from None
     job.needs.take(Path(job.out))
     if not Path(job.out, ADAPTER).exists():
         # The run had ended before, but its output was lost: start it afresh.
@@ -114,6 +114,27 @@ class WorkerGroup:
         )
         trainer.fit()
 
+    def run_afresh(
+        self, work: Callable[[dict[str, Any]], None], arguments: dict[str, Any], stage: str
+    ) -> None:
+        """As ``run``, for work without checkpoints: what Ray Train keeps of it is removed.
+
+        Raises:
+            TraceRayError: ours, as a worker raised it.
+            TrainError: whatever else befell the workers, under the name of the stage.
+        """
+        kept = Path(self.checkpoints, self.run_name)
+        remove_checkpoints(self.needs.store, kept)
+        try:
+            self.run(work, arguments)
+        except Exception as error:
+            cause = root_error(error)
+            if isinstance(cause, TraceRayError):
+                raise cause from None
+            raise TrainError(f"{stage} failed: {last_line(cause)}") from None
+        finally:
+            remove_checkpoints(self.needs.store, kept)
+
     def _storage(self) -> dict[str, Any]:
         """Return where Ray Train keeps its runs, as ``RunConfig`` takes it."""
         bucket = self.needs.store and self.needs.store.bucket
@@ -130,14 +151,19 @@ def remove_checkpoints(store: Store | None, run: Path) -> None:
         store.bucket.remove(run)
 
 
-def root_cause(error: BaseException) -> str:
-    """Return the innermost message of an error that crossed Ray."""
+def root_error(error: BaseException) -> BaseException:
+    """Return the innermost cause of an error that crossed Ray."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
     cause = getattr(error, "cause", None) or error.__cause__
     while cause is not None and cause is not error:
         error, cause = cause, getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, else its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
