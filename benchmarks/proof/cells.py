@@ -29,6 +29,8 @@ EXAMPLES: dict[Data, tuple[str, str]] = {
 PROMPTS: dict[Data, int] = {"synthetic": 96, "hh": 160}
 """Held-out prompts measured; the examples measure fewer."""
 BLIMP_PAIRS = 600
+FIT = {"r": 16, "learning_rate": 2.0e-3, "epochs": 2, "batch_size": 8}
+"""Of the judge of the synthetic cells: the example's own has become longer and gentler since."""
 KEPT = 0.3
 """``retain_preference`` of the variant ``kept``, chosen on prompts about the topics of the labels."""
 
@@ -67,6 +69,8 @@ class Cell:
         realign["models"][0]["adapter"] = f"models:/trace-{self.model_name}@champion"
         realign["training"]["objective"] = self.objective
         realign["flip_labels"] = self.flip_labels
+        if "fit" in realign.get("judge", {}):
+            realign["judge"]["fit"] = FIT
         realign["training"].pop("retain_preference", None)
         if self.variant in ("kept", "robust"):
             realign["training"]["retain_preference"] = KEPT
