@@ -1,32 +1,6 @@
-"""How the tests share a machine, and a local S3 server for all that need one."""
-
-from pathlib import Path
+"""A local S3 server for all tests that need one."""
 
 import pytest
-
-RAY = (
-    "job/",
-    "runtime/",
-    "serve/",
-    "data/test_ingest.py",
-    "data/test_s3.py",
-    "test_audit_export.py",
-    "test_cli.py",
-    "test_cli_judge.py",
-    "test_evaluate.py",
-    "test_examples.py",
-    "test_plan.py",
-    "test_rollout_",
-)
-"""Tests that may start a cluster: one at a time on a machine."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With ``-n 2 --dist loadgroup``: Ray's tests go to one process, the other files to the other."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(RAY) else file))
 
 
 @pytest.fixture(scope="session")
