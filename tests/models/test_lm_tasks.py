@@ -20,7 +20,7 @@ COPIED = {
     "output_type": "generate_until",
     "doc_to_target": "{{choices[label]}}",
     "doc_to_choice": None,
-    "generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]},
+    "generation_kwargs": {"max_new_tokens": 4, "until": ["\n"]},
     "metric_list": [{"metric": "exact_match"}],
 }
 PERPLEXITY = {
@@ -36,7 +36,8 @@ PERPLEXITY = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     at = tmp_path_factory.mktemp("tasks")
-    lengthy_copied = COPIED | LENGTHY | {"task": "lengthy_copied"}
+    room = {"generation_kwargs": {"max_new_tokens": 120, "until": ["\n"]}}
+    lengthy_copied = COPIED | {"task": "lengthy_copied"} | room
     for more in ({}, LETTERS, COPIED, PERPLEXITY, LENGTHY, lengthy_copied):
         tiny_task(at, **more)
     missing = {"test": str(at / "gone.jsonl")}
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A base, an adapter, and the directories of both."""
+    """The directories of a base and of an adapter, and both loaded."""
     at = tmp_path_factory.mktemp("models")
     base = tiny_model(at / "base", "llama", seed=1)
     adapter = tiny_adapter(at / "adapter", base, seed=2)

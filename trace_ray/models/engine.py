@@ -269,16 +269,13 @@ class Engine:
             raise ModelError("this engine was started without lora=True and can't use an adapter")
         return self.ask(prompts, params, requests)
 
-    def ask(
-        self, prompts: list[Any], params: Any, lora_request: Any, *, again: bool = True
-    ) -> list[Any]:
+    def ask(self, prompts: list[Any], params: Any, lora_request: Any) -> list[Any]:
         """Ask vLLM in its own types; an engine whose process has died is started again, once.
 
         Args:
             prompts: vLLM's.
             params: its sampling parameters, one or one a prompt.
             lora_request: None, one, or one a prompt (``request``).
-            again: whether an engine that dies of this is started again.
 
         Raises:
             ModelError: vLLM refuses a prompt, or died of one twice; the next call starts it again.
@@ -287,15 +284,19 @@ class Engine:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        try:
+        def generate() -> list[Any]:
             return self._llm.generate(prompts, params, lora_request=lora_request, use_tqdm=False)
+
+        try:
+            try:
+                return generate()
+            except EngineDeadError:
+                self._start_again()
+                return generate()
         except VLLMClientError as error:
             raise ModelError(f"vLLM refuses a prompt: {error}") from error
         except EngineDeadError as error:
-            if not again:
-                raise ModelError("vLLM's engine died twice over these prompts") from error
-            self._start_again()
-            return self.ask(prompts, params, lora_request, again=False)
+            raise ModelError("vLLM's engine died twice over these prompts") from error
 
     def _start_again(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

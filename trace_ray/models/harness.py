@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import vllm
-from lm_eval.models.utils import resolve_max_length
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 
 from trace_ray.errors import DataError
 from trace_ray.models.engine import AdapterPath, Engine
@@ -22,11 +22,9 @@ def _version(name: str, of: Any = importlib.metadata.version) -> str:
 with mock.patch.object(importlib.metadata, "version", _version):
     from lm_eval.models import vllm_causallms
 
+_HarnessVLLM: Any = vllm_causallms.VLLM  # a decorator hides its type
 _BATCH_SIZE = 512
 """Requests at a time: the log-probabilities of all their tokens are held at once."""
-
-
-_HarnessVLLM: Any = vllm_causallms.VLLM  # a decorator hides its type
 
 
 class HarnessModel(_HarnessVLLM):
@@ -58,7 +56,8 @@ class HarnessModel(_HarnessVLLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Answer freely; raises DataError where the engine has no room for a prompt and its answer."""
         starts = self.tok_encode([request.args[0] for request in requests])
-        limits = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
+        given = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        limits = [each.get("max_gen_toks", 0) for each in given]
         self._check_room(len(ids) + n for ids, n in zip(starts, limits, strict=True))
         return super().generate_until(requests, disable_tqdm)
 

@@ -44,7 +44,8 @@ class TaskSuite:
         found = sorted(Path(self.folder).rglob("*")) if self.folder else []
         files = [at for at in found if at.is_file() and "__pycache__" not in at.parts]
         content = remembered_digest(files, cache)
-        return content_digest([self.names, self.limit, content, version("lm_eval"), "vllm"])
+        backend = "vllm"  # earlier results came from transformers
+        return content_digest([self.names, self.limit, content, version("lm_eval"), backend])
 
     def check(self) -> None:
         """Look the tasks up.

@@ -57,15 +57,21 @@ def measure_model(
     """
     if not model.training.shard_base:
         return run_alone(model.resources, measure, todo, progress, needs=needs)
-    asked = run_alone(answering(model), measure_answers, todo, progress, needs=needs)
+    answered = run_alone(answering(model), measure_answers, todo, progress, needs=needs)
     checkpoints = Path(store.root, "train")
     run_name = f"{model.name}-measures-{uuid.uuid4().hex[:16]}"
     group = WorkerGroup(model.training.workers, model.resources, run_name, str(checkpoints), needs)
-    arguments = {"todo": todo, "unrelated": asked.unrelated, "progress": progress, "out": str(out)}
-    group.run_afresh(_measure_in_group, arguments | {"needs": needs}, f"{model.name}: measuring")
+    arguments = {
+        "todo": todo,
+        "unrelated": answered.unrelated,
+        "progress": progress,
+        "out": str(out),
+        "needs": needs,
+    }
+    group.run_afresh(_measure_in_group, arguments, f"{model.name}: measuring")
     needs.take(out)
     capability, drift = json.loads((out / KEPT).read_text())
-    return Measured(asked.replies, capability, asked.tasks, [(kl, n) for kl, n in drift])
+    return Measured(answered.replies, capability, answered.tasks, [(kl, n) for kl, n in drift])
 
 
 def _measure_in_group(loop_config: dict[str, Any]) -> None:

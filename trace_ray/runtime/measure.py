@@ -61,7 +61,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Answered:
     """What an engine said."""
 
     replies: dict[str, list[str]]
@@ -78,9 +78,9 @@ Kept = tuple[dict[str, list[bool]], list[tuple[float, int]]]
 
 def measure(job: MeasureJob, progress: Callable[[str], None]) -> Measured:
     """Generate all replies in one engine, then measure capability and drift in one model."""
-    asked = measure_answers(job, progress)
-    capability, drift = measure_kept(job, asked.unrelated, progress)
-    return Measured(asked.replies, capability, asked.tasks, drift)
+    answered = measure_answers(job, progress)
+    capability, drift = measure_kept(job, answered.unrelated, progress)
+    return Measured(answered.replies, capability, answered.tasks, drift)
 
 
 def _unrelated(job: MeasureJob) -> list[Prompt]:
@@ -91,7 +91,7 @@ def _unrelated(job: MeasureJob) -> list[Prompt]:
     return job.retention or [(Message("user", text),) for text in BUILT_IN_PROMPTS]
 
 
-def measure_answers(job: MeasureJob, progress: Callable[[str], None]) -> Asked:
+def measure_answers(job: MeasureJob, progress: Callable[[str], None]) -> Answered:
     """Ask an engine, with each side's adapter in turn."""
     from trace_ray.models.chat import encode_prompt, stop_token_ids
     from trace_ray.models.engine import AdapterPath, Engine
@@ -100,7 +100,7 @@ def measure_answers(job: MeasureJob, progress: Callable[[str], None]) -> Asked:
     progress("answering")
     retention = _unrelated(job)
     if not (job.asked or retention or job.tasks):
-        return Asked({side: [] for side in job.sides})
+        return Answered({side: [] for side in job.sides})
     tokenizer = load_tokenizer(job.base)
     once = list(dict.fromkeys(job.asked))
     encoded = [encode_prompt(tokenizer, prompt) for prompt in once]
@@ -126,7 +126,7 @@ def measure_answers(job: MeasureJob, progress: Callable[[str], None]) -> Asked:
         for task, items in job.tasks.outcomes(engine, adapters[side]).items():
             tasks.setdefault(task, {})[side] = items
     engine.close()
-    return Asked(found, to_unrelated, tasks)
+    return Answered(found, to_unrelated, tasks)
 
 
 def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[str], None]) -> Kept:

@@ -35,11 +35,10 @@ from trace_ray.types import content_digest
 APP_NAME = "trace-ray"
 MAX_ONGOING_REQUESTS = 512
 INGRESS_ENV = {
-    # One event loop for all that the ingress does, none of which blocks: each hand-over between
-    # threads costs milliseconds where engines keep the cores busy.
+    # One event loop for all that the ingress does, none of which takes long: each hand-over
+    # between threads costs milliseconds where engines keep the cores busy.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # its log file has the same
 }
 
 
