@@ -35,7 +35,7 @@ quickstart-hh: setup
 	$(BIN)/python jobs/realign_fleet.py --config examples/hh-rlhf.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,35 @@
-"""A local S3 server for all tests that need one."""
+"""How two processes share the tests (``-n 2``), and a local S3 server for all that need one."""
 
 import pytest
+
+RAY = (
+    "job/",
+    "runtime/",
+    "serve/",
+    "data/test_ingest.py",
+    "data/test_s3.py",
+    "test_audit_export.py",
+    "test_cli.py",
+    "test_cli_judge.py",
+    "test_evaluate.py",
+    "test_examples.py",
+    "test_plan.py",
+    "test_rollout_",
+)
+"""Tests that may start a cluster: one at a time on a machine."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Ray's tests go to one process, one after the other; the other files to the other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayBesideTheOthers(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "ray" if file.removeprefix("tests/").startswith(RAY) else file
+
+    return RayBesideTheOthers(config, log)
 
 
 @pytest.fixture(scope="session")

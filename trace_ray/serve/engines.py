@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from ray.exceptions import RayError, RayTaskError
@@ -20,6 +21,17 @@ from trace_ray.types import Prompt
 ATTEMPTS = 3
 """Times a request is sent where a replica dies before any of the answer has gone out."""
 _LOST = (RayError, RayServeException)
+
+
+@asynccontextmanager
+async def _in_time(seconds: float = 10) -> AsyncIterator[None]:
+    """Turn what keeps an engine from answering, or from answering in time, into 503."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except Exception as error:
+        message = f"an engine doesn't answer: {type(error).__name__}"
+        raise RequestError(503, message, None, "ServiceUnavailableError") from None
 
 
 class Begun(NamedTuple):
@@ -44,21 +56,31 @@ class Engines:
         """Return whether every engine has started.
 
         Raises:
-            Exception: one is dead, or doesn't answer in 10 seconds.
+            RequestError: 503: one is dead, or doesn't answer in time.
         """
-        pings = [handle.ping.remote() for handle in self._handles.values()]
-        async with asyncio.timeout(10):
+        async with _in_time():
+            pings = [handle.ping.remote() for handle in self._handles.values()]
             return all([await ping for ping in pings])
 
     async def unproved(self) -> list[str]:
         """Return the ids of loaded adapters whose effect nothing recorded.
 
         Raises:
-            Exception: an engine is dead, or doesn't answer in 10 seconds.
+            RequestError: 503: an engine is dead, or doesn't answer in time.
         """
-        asked = [handle.unproved.remote() for handle in self._handles.values()]
-        async with asyncio.timeout(10):
+        async with _in_time():
+            asked = [handle.unproved.remote() for handle in self._handles.values()]
             return sorted({name for each in asked for name in await each})
+
+    async def schemas(self, ref_template: str) -> dict[str, dict[str, Any]]:
+        """Return the JSON schemas of the engines' requests and answers, by name.
+
+        Raises:
+            RequestError: 503: the engine is dead, or doesn't answer in time.
+        """
+        handle = next(iter(self._handles.values()))
+        async with _in_time():
+            return await handle.schemas.remote(ref_template)
 
     async def judge(self, judge: ServedJudge, questions: list[Prompt]) -> list[float | str]:
         """Put questions to a judge: p_violate of each, or why there is none."""

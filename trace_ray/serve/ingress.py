@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from trace_ray import __version__
 from trace_ray.config.serve import Limits, Mode
 from trace_ray.serve import compliance
 from trace_ray.serve.admission import Admission
@@ -36,9 +37,11 @@ from trace_ray.serve.follow import FleetSource, Follower
 from trace_ray.serve.keys import Role
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import effective_mode
+from trace_ray.serve.openapi import DescribedRoute, described
 from trace_ray.serve.police import Police
 from trace_ray.serve.records import RecordWriter
 from trace_ray.serve.requests import (
+    MODE_HEADER,
     Kind,
     RequestError,
     chat_prompt,
@@ -54,13 +57,13 @@ from trace_ray.serve.turn import Turn
 
 ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
-MODE_HEADER = "x-trace-ray-compliance"
 REQUEST_HEADER = "x-request-id"
 FIRST_LOOK_S = 15
 """Longest time that a start waits for the registry."""
 
-api = FastAPI(title="trace-ray", docs_url=None, redoc_url=None)
-api.include_router(pages)
+api = FastAPI(title="trace-ray", version=__version__, openapi_url=None)
+api.include_router(described)
+api.include_router(pages, include_in_schema=False)
 api.add_middleware(FailsInForm)
 
 
@@ -78,14 +81,9 @@ async def _refused(request: Request, error: RequestError) -> JSONResponse:
     return JSONResponse(error.to_row(), error.status, error.headers)
 
 
-def _silent(error: Exception) -> JSONResponse:
-    message = f"an engine doesn't answer: {type(error).__name__}"
-    return JSONResponse(error_row(503, message, "ServiceUnavailableError"), 503)
-
-
 @serve.deployment(name="ingress")
 @serve.ingress(api)
-class Ingress(DashboardRoutes):
+class Ingress(DescribedRoute, DashboardRoutes):
     """Routes a request to the engine and adapter that its ``model`` names, and checks the reply."""
 
     def __init__(self, engines: dict[str, DeploymentHandle]) -> None:
@@ -171,10 +169,7 @@ class Ingress(DashboardRoutes):
     @api.get("/healthz")
     async def healthz(self) -> JSONResponse:
         """Answer 200 while every engine lives."""
-        try:
-            ready = await self._engines.alive()
-        except Exception as error:
-            return _silent(error)
+        ready = await self._engines.alive()
         status = "ok" if ready else "starting"
         return JSONResponse({"status": status}, status_code=200 if ready else 503)
 
@@ -187,11 +182,8 @@ class Ingress(DashboardRoutes):
         if response.status_code != 200:
             return response
         row: dict[str, Any] = {"status": "ok"}
-        try:
-            if unproved := await self._engines.unproved():
-                row["unproved"] = unproved
-        except Exception as error:
-            return _silent(error)
+        if unproved := await self._engines.unproved():
+            row["unproved"] = unproved
         if self._follower is not None:
             row["registry"] = self._follower.status()
         kept = (self._records and self._records.problem, self._sender and self._sender.problem)

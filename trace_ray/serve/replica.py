@@ -235,6 +235,27 @@ class EngineReplica:
         """Return the ids in service whose effect nothing recorded."""
         return sorted(self._unproved)
 
+    def schemas(self, ref_template: str) -> dict[str, dict[str, Any]]:
+        """Return the JSON schemas of vLLM's requests and answers, by name.
+
+        Args:
+            ref_template: How one refers to another, with ``{model}`` for its name.
+        """
+        from pydantic.json_schema import models_json_schema
+        from vllm.entrypoints.openai.chat_completion import protocol as chat
+        from vllm.entrypoints.openai.completion import protocol as completion
+
+        _, found = models_json_schema(
+            [
+                (chat.ChatCompletionRequest, "validation"),
+                (chat.ChatCompletionResponse, "serialization"),
+                (completion.CompletionRequest, "validation"),
+                (completion.CompletionResponse, "serialization"),
+            ],
+            ref_template=ref_template,
+        )
+        return found["$defs"]
+
     async def _forget(self, adapter_id: str, act: str) -> None:
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 

@@ -15,6 +15,7 @@ MAX_DEPTH = 64
 """Levels of nesting a body may have."""
 COMPLIANCE_FIELD = "compliance"
 """Body field, beside the header, that asks for a mode."""
+MODE_HEADER = "x-trace-ray-compliance"
 _COUNTS = ("max_tokens", "max_completion_tokens")
 _COMPLETION_TOKENS = 16
 """OpenAI's and vLLM's default of a completion that names no number."""

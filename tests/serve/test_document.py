@@ -1,0 +1,63 @@
+"""The endpoint's OpenAPI document, and the endpoint held against it by Schemathesis."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import openapi_spec_validator
+import pytest
+
+from .served_models import Post
+
+CASES = int(os.environ.get("TRACE_RAY_FUZZ_CASES", "0"))
+"""Of each of the four POST paths, beyond those made for every field; 0: a few, and none of these."""
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+)
+
+
+@pytest.fixture(scope="module")
+def document(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/openapi.json", timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_the_document_describes_what_is_sent_and_answered(document: dict[str, Any]) -> None:
+    openapi_spec_validator.validate(document)
+    asked = document["components"]["schemas"]["ChatCompletionRequest"]
+    assert set(asked["required"]) == {"messages", "model"}
+    assert asked["properties"]["compliance"]["enum"] == ["off", "shadow", "annotate", "block"]
+    assert asked["properties"]["max_completion_tokens"]
+    assert set(document["paths"]) == {
+        "/healthz",
+        "/readyz",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/compliance/check",
+        "/v1/compliance/edits",
+        "/v1/models",
+        "/v1/models/{name}",
+    }
+
+
+def test_the_endpoint_is_as_its_document_says(url: str, post: Post, tmp_path: Path) -> None:
+    folder = Path(__file__).parent
+    phases = "examples,coverage,fuzzing" if CASES else "fuzzing"
+    command = [str(Path(sys.executable).with_name("st")), "run", f"{url}/openapi.json"]
+    command += ["--phases", phases, "--checks", ",".join(CHECKS), "--seed", "1"]
+    command += ["--max-examples", str(CASES // 4 or 25), "--suppress-health-check", "all"]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "fuzz_hooks", "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    body = {"model": "support", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
+    assert post("chat/completions", body)[0] == 200
