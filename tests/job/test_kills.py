@@ -1,5 +1,7 @@
 """SIGKILL at random moments, then the same command again: the same adapter, no finished work repeated.
 
+"Finished" is a stage, or a part of one: scores of ``impact.save_rows`` conflicts, one side's answers.
+
 ``TRACE_RAY_KILLS=20`` kills the driver and, in other runs, one of its workers as often as that; without it
 the tests are left out, as they take minutes.
 """
@@ -39,9 +41,22 @@ def made(storage):
     return result["adapter_sha256"], result["registered_as"], (run / "sets.json").read_text()
 
 
-def finished(storage):
-    found = (storage / "stages").glob("*/*/stage.json")
-    return {str(path): path.stat().st_mtime_ns for path in found}
+def written(storage, pattern):
+    return {path: path.stat().st_mtime_ns for path in storage.glob(pattern)}
+
+
+class Work:
+    """What was finished at one moment: whole stages, and parts of those under way."""
+
+    def __init__(self, storage):
+        self.parts = written(storage, "parts/*/*/*.json")
+        self.stages = written(storage, "stages/*/*/stage.json")
+
+    def is_in(self, later):
+        """Whether none of it was done again: a part goes only when its stage is finished."""
+        done = {path.parent.name for path in later.stages}
+        parts = {path: t for path, t in self.parts.items() if path.parent.name not in done}
+        return self.stages.items() <= later.stages.items() and parts.items() <= later.parts.items()
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +65,7 @@ def fleet(tmp_path_factory):
     at = tmp_path_factory.mktemp("kills")
     config = yaml.safe_load(make_fleet(at, ("one",)).read_text())
     config["training"] |= {"max_steps": 12, "save_steps": 2}
+    config["training"]["impact"]["save_rows"] = 2
     (at / "fleet.yaml").write_text(yaml.safe_dump(config))
     started = time.monotonic()
     done = trace_ray("apply", at / "fleet.yaml")
@@ -64,7 +80,7 @@ def test_killed_runs_end_like_an_undisturbed_one(fleet, tmp_path):
     moments = []
     with (tmp_path / "killed.log").open("w") as log:
         for _ in range(KILLS):
-            before = finished(storage)
+            before = Work(storage)
             moments.append(rng.uniform(0.1, 0.95) * seconds)
             run = subprocess.Popen(
                 command("apply", config), cwd=ROOT, stdout=log, stderr=log, env=os.environ | env
@@ -74,11 +90,11 @@ def test_killed_runs_end_like_an_undisturbed_one(fleet, tmp_path):
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
                 run.wait()
-            assert before.items() <= finished(storage).items(), f"work repeated after {moments}"
-    before = finished(storage)
+            assert before.is_in(Work(storage)), f"work repeated after {moments}"
+    before = Work(storage)
     done = trace_ray("apply", config, **env)
     assert done.returncode == 0, (moments, done.stderr)
-    assert before.items() <= finished(storage).items()
+    assert before.is_in(Work(storage))
     assert made(storage) == undisturbed, f"killed after {moments} s"
     journal = json.loads((storage / "state/trace/journal.json").read_text())
     assert (journal["status"], journal["rows"]["one"]["status"]) == ("done", "done")
@@ -92,6 +108,7 @@ def judged(tmp_path_factory):
     judge |= {"threshold": 0.5, "labels": "labels.jsonl", "min_auc": 0}
     config = yaml.safe_load(make_fleet(at, ("one",), judge).read_text())
     config["training"] |= {"max_steps": 12, "save_steps": 2}
+    config["training"]["impact"]["save_rows"] = 2
     config["evaluation"] = {"prompts": "heldout.jsonl", "max_new_tokens": 4, "judge_agreement": 0}
     labels = [
         {"prompt": f"ask {i}", "response": f"reply {i}", "verdict": ("violates", "complies")[i % 2]}

@@ -123,6 +123,26 @@ def test_a_stage_that_fails_leaves_nothing(store, bucket, client):
     assert keys(client, bucket) == set()
 
 
+def test_parts_of_a_stage_that_was_broken_off_are_found_on_another_node(
+    store, bucket, client, tmp_path
+):
+    key, parts = {"x": 1}, store.parts("train", {"x": 1})
+
+    def work(out: Path) -> None:
+        assert parts.once("first", lambda: [0.1, "a"]) == [0.1, "a"]
+        parts.once("second", lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        store.stage("train", key, work)
+    elsewhere = str(tmp_path / "elsewhere")
+    other = Store(elsewhere, replace(bucket, root=elsewhere)).parts("train", key)
+    assert other.once("first", lambda: 1 / 0) == [0.1, "a"]
+    assert other.once("second", lambda: 2) == 2
+    assert len(keys(client, bucket)) == 2
+    store.stage("train", key, one_file())
+    assert not any(name.startswith("parts/") for name in keys(client, bucket))
+
+
 def test_a_worker_gets_what_it_reads_and_gives_what_it_made(store, bucket, tmp_path):
     elsewhere = tmp_path / "adapter"
     elsewhere.mkdir()

@@ -8,6 +8,7 @@ from trace_ray.config import ImpactConfig, LoraConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
 from trace_ray.models import scorer
 from trace_ray.runtime.needs import NOTHING
+from trace_ray.runtime.parts import Parts
 from trace_ray.runtime.score import (
     Scoring,
     conflicts_of,
@@ -242,6 +243,33 @@ def test_a_score_that_is_not_finite_names_its_pair(base, monkeypatch):
     first = conflicts_of(triaged())[0].pair_id
     with pytest.raises(DataError, match=f"NaN or infinite, the first for pairs {first}"):
         scores(base, None, "ghost")
+
+
+def test_scoring_goes_on_where_it_was_broken_off(base, deployed, tmp_path):
+    config, rows = settings("ghost", save_rows=4), triaged()
+    undisturbed = score_conflicts(base, deployed, rows, config, num_threads=1)
+    parts, seen = Parts(str(tmp_path / "parts")), []
+
+    def interrupt(done, _):
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_conflicts(
+            base, deployed, rows, config, num_threads=1, parts=parts, progress=interrupt
+        )
+    resumed = score_conflicts(
+        base,
+        deployed,
+        rows,
+        config,
+        num_threads=1,
+        parts=parts,
+        progress=lambda *at: seen.append(at),
+    )
+    assert resumed == undisturbed
+    assert seen[0] == (8, len(resumed.scores))
+    assert seen[-1] == (len(resumed.scores), len(resumed.scores))
 
 
 def test_bfloat16_is_near_and_not_for_differences(base, deployed):

@@ -40,7 +40,7 @@ def test_only_what_was_not_used_for_so_long_is_stale_and_use_renews_it(store):
 
 @pytest.fixture
 def config(tmp_path, store):
-    """A fleet whose newest run used one stage; another stage and a checkpoint are older."""
+    """A fleet whose newest run used one stage; another stage, a checkpoint and parts are older."""
     path = tmp_path / "fleet.yaml"
     for name in ("p.yaml", "d.jsonl"):
         (tmp_path / name).touch()
@@ -54,9 +54,9 @@ def config(tmp_path, store):
     write_json(run / "models" / "a.json", {"adapter_path": str(used / "adapter"), "rows": 3})
     os.symlink("runs/r", os.path.join(store.root, "latest"))
     made(store, "scores", 9 * 24 * HOUR)
-    left = os.path.join(store.root, "train", "left")
-    os.makedirs(left)
-    os.utime(left, (0, 0))
+    for left in ("train/left", "parts/scores/left"):
+        os.makedirs(os.path.join(store.root, left))
+        os.utime(os.path.join(store.root, left), (0, 0))
     return path
 
 
@@ -67,11 +67,11 @@ def gc(*words):
 def test_gc_shows_then_removes_and_the_newest_run_stays_whole(config, store):
     shown = gc(config, "--days", 7, "--dry-run")
     assert shown.exit_code == 0, shown.output
-    assert "2 folders" in shown.output
+    assert "3 folders" in shown.output
     assert store.find("scores", {"of": "scores"}) is not None
     os.utime(store.folder("scores", {"of": "scores"}), (0, 0))
     done = gc(config, "--days", 7)
-    assert "2 folders" in done.output
+    assert "3 folders" in done.output
     assert "removed" in done.output
     assert store.find("scores", {"of": "scores"}) is None
     assert store.find("adapters", {"of": "adapters"}) is not None

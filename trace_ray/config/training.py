@@ -42,6 +42,8 @@ class ImpactConfig(Section):
     """``bfloat16``: faster where the device is fast at it, scores about 1% off; not for ``fd``."""
     workers: int = Field(default=1, ge=1)
     """Ray tasks that share one model's scoring, each with the model's resources."""
+    save_rows: int = Field(default=1024, ge=1)
+    """Conflicts between checkpoints of the scoring."""
 
     @model_validator(mode="after")
     def _differences_need_precision(self) -> ImpactConfig:

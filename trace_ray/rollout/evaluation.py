@@ -245,6 +245,7 @@ def evaluate_model(job: EvaluationJob) -> dict[str, Any]:
         dtype=job.model.training.base_dtype,
         shards=shards(job.model),
         sides=(AFTER,),
+        parts=inputs.store.parts(STAGE, job.key()),
     )
 
     def work(out: Path) -> None:

@@ -91,7 +91,9 @@ class ModelJob:
         """What the impact scores depend on."""
         training = self.model.training
         return self.key(
-            impact=training.impact.model_dump(mode="json", exclude={"batch_tokens", "workers"}),
+            impact=training.impact.model_dump(
+                mode="json", exclude={"batch_tokens", "workers", "save_rows"}
+            ),
             beta=training.beta,
             base_dtype=training.base_dtype,
             lora=training.lora.model_dump(mode="json"),

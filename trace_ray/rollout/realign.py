@@ -168,6 +168,7 @@ def _measure(job: ModelJob, adapter: Path, sha256: str) -> StageResult:
         num_threads=job.model.resources.n_threads,
         dtype=job.model.training.base_dtype,
         shards=shards(job.model),
+        parts=inputs.store.parts(MEASURES, job.measures_key(sha256)),
     )
 
     def work(out: Path) -> None:

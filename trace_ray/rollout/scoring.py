@@ -8,6 +8,7 @@ from typing import Any
 
 from trace_ray.rollout.model_job import SCORES, ModelJob
 from trace_ray.runtime.cluster import run_alone
+from trace_ray.runtime.parts import Parts
 from trace_ray.runtime.score import (
     SCORES_FILE,
     ScoreSummary,
@@ -44,7 +45,14 @@ def _score_in_shards(job: ModelJob, out: Path) -> None:
     triaged = TriagedRows(Path(str(job.triage_path), "rows"))
     resources = job.model.resources
     training = job.model.training
-    scoring = Scoring(job.base_dir, job.deployed_dir, training, resources.n_threads, job.needs)
+    scoring = Scoring(
+        job.base_dir,
+        job.deployed_dir,
+        training,
+        resources.n_threads,
+        job.needs,
+        parts=_parts(job),
+    )
     progress = functools.partial(job.reporter, "score")
     _write_scores(out, score_on_cluster(scoring, triaged, resources, progress))
 
@@ -88,8 +96,13 @@ def _scored(job: ModelJob, *, shares: bool = False, tell: bool = True) -> ScoreS
         job.model.training,
         num_threads=job.model.resources.n_threads,
         shares=shares,
+        parts=_parts(job),
         progress=functools.partial(job.reporter, "score") if tell else lambda *_: None,
     )
+
+
+def _parts(job: ModelJob) -> Parts:
+    return job.inputs.store.parts(SCORES, job.scores_key())
 
 
 def _write_scores(out: Path, summary: ScoreSummary) -> None:

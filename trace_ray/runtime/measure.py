@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import EngineConfig
 from trace_ray.models.lm_tasks import TaskSuite
+from trace_ray.runtime.parts import NO_PARTS, Parts
 from trace_ray.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from trace_ray.models.engine import Engine
 
 BEFORE, AFTER = "before", "after"
 
@@ -38,6 +43,8 @@ class MeasureJob:
     shards: int = 1
     """Workers that hold a share of these weights each."""
     sides: tuple[str, ...] = (BEFORE, AFTER)
+    parts: Parts = NO_PARTS
+    """What an attempt that was broken off has measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +112,37 @@ def measure_answers(job: MeasureJob, progress: Callable[[str], None]) -> Answere
     once = list(dict.fromkeys(job.asked))
     encoded = [encode_prompt(tokenizer, prompt) for prompt in once]
     unrelated = [encode_prompt(tokenizer, prompt) for prompt in retention]
+    limits = (job.max_new_tokens, stop_token_ids(tokenizer))
     paths = {BEFORE: job.before, AFTER: job.after}
     adapters = {side: AdapterPath(side, path) if path else None for side, path in paths.items()}
-    engine = Engine(job.base, job.engine, lora=True, num_cpus=job.num_threads)
-    limits = (job.max_new_tokens, stop_token_ids(tokenizer))
-    found: dict[str, list[str]] = {}
-    to_unrelated: list[str] = []
-    for side, adapter in adapters.items():
-        ours = encoded if side in job.sides else []
-        extra = unrelated if side == BEFORE else []
-        texts = engine.generate(ours + extra, *limits, adapter) if ours or extra else []
-        if side in job.sides:
-            of = dict(zip(once, texts[: len(ours)], strict=True))
-            found[side] = [of[prompt] for prompt in job.asked]
-        if side == BEFORE:
-            to_unrelated = texts[len(ours) :]
-    tasks: dict[str, dict[str, list[float]]] = {}
-    for side in job.sides if job.tasks else ():
+
+    @functools.cache
+    def engine() -> Engine:  # none starts where all is known
+        return Engine(job.base, job.engine, lora=True, num_cpus=job.num_threads)
+
+    def texts(side: str) -> list[str]:
+        asked = (encoded if side in job.sides else []) + (unrelated if side == BEFORE else [])
+        if not asked:
+            return []
+        return job.parts.once(
+            f"answers-{side}", lambda: engine().generate(asked, *limits, adapters[side])
+        )
+
+    def outcomes(side: str) -> dict[str, list[float]]:
         progress(f"tasks, {side}")
-        for task, items in job.tasks.outcomes(engine, adapters[side]).items():
-            tasks.setdefault(task, {})[side] = items
-    engine.close()
-    return Answered(found, to_unrelated, tasks)
+        return job.parts.once(f"tasks-{side}", lambda: job.tasks.outcomes(engine(), adapters[side]))
+
+    said = {side: texts(side) for side in adapters}
+    done = {side: outcomes(side) for side in (job.sides if job.tasks else ())}
+    if engine.cache_info().currsize:
+        engine().close()
+    n = len(once)
+    replies = {side: dict(zip(once, said[side][:n], strict=True)) for side in job.sides}
+    return Answered(
+        {side: [of[prompt] for prompt in job.asked] for side, of in replies.items()},
+        said[BEFORE][-len(unrelated) :] if unrelated else [],
+        {task: {side: done[side][task] for side in done} for task in next(iter(done.values()), {})},
+    )
 
 
 def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[str], None]) -> Kept:
@@ -149,19 +165,27 @@ def measure_kept(job: MeasureJob, replies: Sequence[str], progress: Callable[[st
         return {}, []
     torch.set_num_threads(job.num_threads)
     tokenizer = load_tokenizer(job.base)
-    model = _load(job)
+
+    @functools.cache
+    def model() -> Any:  # none is loaded where all is known
+        return _load(job)
+
+    def outcomes(side: str) -> list[bool]:
+        return job.parts.once(
+            f"capability-{side}",
+            lambda: retention.blimp_outcomes(model(), tokenizer, pairs, trained=side == AFTER),
+        )
+
     exchanges = [
         (encode_prompt(tokenizer, prompt), encode_response(tokenizer, reply))
         for prompt, reply in zip(prompts, replies, strict=True)
         if reply.strip()
     ]
-    drift = retention.token_kls(model, exchanges) if exchanges else []
-    capability = {
-        side: retention.blimp_outcomes(model, tokenizer, pairs, trained=side == AFTER)
-        for side in job.sides
-        if pairs
-    }
-    return capability, drift
+    drift = []
+    if exchanges:
+        drift = job.parts.once("drift", lambda: retention.token_kls(model(), exchanges))
+    capability = {side: outcomes(side) for side in job.sides if pairs}
+    return capability, [(kl, n) for kl, n in drift]
 
 
 def _load(job: MeasureJob) -> Any:

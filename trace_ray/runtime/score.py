@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from trace_ray.config import ImpactConfig, Resources, TrainingConfig
 from trace_ray.errors import DataError
 from trace_ray.runtime.needs import NOTHING, Needs
+from trace_ray.runtime.parts import NO_PARTS, Parts
 from trace_ray.runtime.triaged import TriagedRows
-from trace_ray.types import Category, ImpactScore, TriagedPair
+from trace_ray.types import Category, ImpactScore, TriagedPair, content_digest
 
 if TYPE_CHECKING:
     from trace_ray.core.derivatives import Params
@@ -64,6 +65,8 @@ class Scoring:
     """What a worker that loads it has to fetch."""
     shares: bool = False
     """Whether this is one of torch.distributed's workers, that share the base's weights."""
+    parts: Parts = NO_PARTS
+    """Scores that are known already, and where to keep new ones."""
 
     def load(self) -> Scorer:
         """Return the loaded model."""
@@ -85,6 +88,7 @@ def score_conflicts(
     *,
     num_threads: int | None = None,
     shares: bool = False,
+    parts: Parts = NO_PARTS,
     progress: Progress = lambda done, total: None,
 ) -> ScoreSummary:
     """Score every INVERT and PUNISH row for one model in this process (method: stage 2).
@@ -97,12 +101,13 @@ def score_conflicts(
         num_threads: torch threads; None leaves torch's choice.
         shares: this is one of torch.distributed's workers, that share the base's weights: all of them
             call this, and get the same.
+        parts: of an earlier call that was broken off.
         progress: called with (rows done, all rows).
 
     Raises:
         DataError: there are conflicts but no gold pair, or a score is NaN or infinite.
     """
-    scoring = Scoring(base, adapter, config, num_threads, shares=shares)
+    scoring = Scoring(base, adapter, config, num_threads, shares=shares, parts=parts)
     return score_against(scoring, conflicts_of(triaged), gold_of(triaged, config), progress)
 
 
@@ -118,8 +123,46 @@ def score_against(
         return _summary(conflicts, gold, [], set(), settings)
     scorer = scoring.load()
     direction = scorer.direction(gold)
-    raw = scorer.raw_scores(conflicts, direction, progress)
-    return _summary(conflicts, gold, raw, scorer.truncated, settings)
+    raw, truncated = _in_parts(scoring, scorer, conflicts, direction, progress)
+    return _summary(conflicts, gold, raw, truncated, settings)
+
+
+def _in_parts(
+    scoring: Scoring,
+    scorer: Scorer,
+    conflicts: Sequence[Conflict],
+    direction: Params,
+    progress: Progress = lambda done, total: None,
+) -> tuple[list[float], set[str]]:
+    """Return raw scores, ``save_rows`` at a time, and the ids of the responses that were cut."""
+    raw: list[float] = []
+    truncated = set(scorer.truncated)
+    size = scoring.config.impact.save_rows
+    for first in range(0, len(conflicts), size):
+        rows = conflicts[first : first + size]
+
+        def work(first: int = first, rows: Sequence[Conflict] = rows) -> list[Any]:
+            values = scorer.raw_scores(
+                rows, direction, lambda done, _: progress(first + done, len(conflicts))
+            )
+            _check(rows, values)
+            return [values, sorted(scorer.truncated)]
+
+        # Named by its rows: shards, and another save_rows, make other parts.
+        name = content_digest([row.pair_id for row in rows])[:16]
+        values, cut = scoring.parts.once(name, work)
+        raw += values
+        truncated |= set(cut)
+    return raw, truncated
+
+
+def _check(rows: Sequence[Conflict], raw: Sequence[float]) -> None:
+    bad = [row.pair_id for row, score in zip(rows, raw, strict=True) if not math.isfinite(score)]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(raw)} impact scores are NaN or infinite, the first for pairs "
+            f"{', '.join(bad[:5])}: look at these rows, and at the model's weights and deployed adapter"
+        )
 
 
 def score_on_cluster(
@@ -178,8 +221,7 @@ def _direction_task(scoring: Scoring, gold: Sequence[GoldPair]) -> tuple[Params,
 def _shard_task(
     scoring: Scoring, conflicts: Sequence[Conflict], direction: Params
 ) -> tuple[list[float], set[str]]:
-    scorer = scoring.load()
-    return scorer.raw_scores(conflicts, direction), scorer.truncated
+    return _in_parts(scoring, scoring.load(), conflicts, direction)
 
 
 def conflicts_of(triaged: Triaged) -> list[Conflict]:
@@ -228,12 +270,6 @@ def _summary(
     from trace_ray.core.impact import weights
     from trace_ray.models.scorer import chosen_method
 
-    bad = [c.pair_id for c, score in zip(conflicts, raw, strict=True) if not math.isfinite(score)]
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(raw)} impact scores are NaN or infinite, the first for pairs "
-            f"{', '.join(bad[:5])}: look at these rows, and at the model's weights and deployed adapter"
-        )
     categories = [row.category for row in conflicts]
     scores_ = torch.tensor(list(raw), dtype=torch.float64)
     found = weights(scores_, settings.weights, categories, settings.power)

@@ -30,7 +30,7 @@ class Stale:
 
     path: Path
     what: str
-    """The stage's name, or ``checkpoint``."""
+    """The stage's name, or ``checkpoint``, or ``parts`` of a stage that was never finished."""
     idle_s: float
     size: int
     """Bytes."""
@@ -100,10 +100,12 @@ def remove(stale: Stale) -> None:
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield finished stages and abandoned drafts and checkpoints."""
+    """Yield finished stages, and of others what was left behind."""
     for path in root.glob("stages/*/*"):
         if (path / RECORD).exists() or ".tmp-" in path.name or path.name.startswith(".gone-"):
             yield path, path.parent.name
     for path in root.glob("train/*"):
         if path.is_dir():
             yield path, "checkpoint"
+    for path in root.glob("parts/*/*"):
+        yield path, "parts"

@@ -25,6 +25,7 @@ from trace_ray.data.shards import drafted
 from trace_ray.errors import StateError
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.runtime.bucket import Bucket
+from trace_ray.runtime.parts import Parts
 from trace_ray.types import content_digest
 from trace_ray.version import code_version
 
@@ -78,6 +79,11 @@ class Store:
     def folder(self, name: str, inputs: Mapping[str, Any]) -> Path:
         """Return where stage ``name`` for ``inputs`` is or will be."""
         return Path(self.root, "stages", name, content_digest(dict(inputs))[:16])
+
+    def parts(self, name: str, inputs: Mapping[str, Any]) -> Parts:
+        """Return where the work on stage ``name`` for ``inputs`` keeps its finished parts."""
+        folder = Path(self.root, "parts", name, self.folder(name, inputs).name)
+        return Parts(str(folder), self.bucket)
 
     def find(self, name: str, inputs: Mapping[str, Any]) -> StageResult | None:
         """Return stage ``name`` for ``inputs`` if it is done, and note that it is still of use."""
@@ -137,6 +143,7 @@ class Store:
         if self.bucket is not None:  # should it fail: the work is here, the next call sends it
             self.bucket.push(final, last=RECORD)
             self.bucket.remove(draft)  # what workers put there
+        self.parts(name, inputs).remove()
         return StageResult(final, False, wall_s, code_version())
 
     def _is_done(self, final: Path) -> bool:
