@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from trace_ray.config import EngineConfig
+from trace_ray.errors import ModelError
 from trace_ray.models.lm_tasks import TaskSuite
 from trace_ray.runtime.measure import MeasureJob, measure
 from trace_ray.runtime.parts import Parts
@@ -43,5 +44,5 @@ def test_a_measurement_goes_on_where_it_was_broken_off(tmp_path):
     assert [len(found.replies[side]) for side in ("before", "after")] == [3, 3]
     assert [len(found.tasks["evenness"][side]) for side in ("before", "after")] == [4, 4]
     assert found.kl > 0
-    with pytest.raises(Exception, match="max_model_len"):
+    with pytest.raises(ModelError, match="max_model_len"):
         measure(replace(broken, parts=Parts()), lambda _: None)

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -247,7 +248,8 @@ def test_a_score_that_is_not_finite_names_its_pair(base, monkeypatch):
 
 def test_scoring_goes_on_where_it_was_broken_off(base, deployed, tmp_path):
     config, rows = settings("ghost", save_rows=4), triaged()
-    undisturbed = score_conflicts(base, deployed, rows, config, num_threads=1)
+    score = functools.partial(score_conflicts, base, deployed, rows, config, num_threads=1)
+    undisturbed = score()
     parts, seen = Parts(str(tmp_path / "parts")), []
 
     def interrupt(done, _):
@@ -255,18 +257,8 @@ def test_scoring_goes_on_where_it_was_broken_off(base, deployed, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_conflicts(
-            base, deployed, rows, config, num_threads=1, parts=parts, progress=interrupt
-        )
-    resumed = score_conflicts(
-        base,
-        deployed,
-        rows,
-        config,
-        num_threads=1,
-        parts=parts,
-        progress=lambda *at: seen.append(at),
-    )
+        score(parts=parts, progress=interrupt)
+    resumed = score(parts=parts, progress=lambda *at: seen.append(at))
     assert resumed == undisturbed
     assert seen[0] == (8, len(resumed.scores))
     assert seen[-1] == (len(resumed.scores), len(resumed.scores))

@@ -16,7 +16,7 @@ import pytest
 from .served_models import Post
 
 CASES = int(os.environ.get("TRACE_RAY_FUZZ_CASES", "0"))
-"""Of each of the four POST paths, beyond those made for every field; 0: a few, and none of these."""
+"""Of the four POST paths together, beside those made for every field; 0: 25 each, and none of those."""
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",

@@ -1,6 +1,6 @@
 """One Ray Serve replica: a vLLM engine with its own OpenAI handlers, adapters as requests.
 
-Every import from vLLM's server side, which is not a stable interface, stands in this module.
+Every import from vLLM's server side, which is not a stable interface, stands here and in ``protocol``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.device import has_gpu
 from trace_ray.models.engine import engine_kwargs
 from trace_ray.models.fingerprint import read_fingerprint
+from trace_ray.serve import protocol
 from trace_ray.serve.storage import ServedBucket
 from trace_ray.types import Prompt, prompt_from_rows
 
@@ -236,25 +237,8 @@ class EngineReplica:
         return sorted(self._unproved)
 
     def schemas(self, ref_template: str) -> dict[str, dict[str, Any]]:
-        """Return the JSON schemas of vLLM's requests and answers, by name.
-
-        Args:
-            ref_template: How one refers to another, with ``{model}`` for its name.
-        """
-        from pydantic.json_schema import models_json_schema
-        from vllm.entrypoints.openai.chat_completion import protocol as chat
-        from vllm.entrypoints.openai.completion import protocol as completion
-
-        _, found = models_json_schema(
-            [
-                (chat.ChatCompletionRequest, "validation"),
-                (chat.ChatCompletionResponse, "serialization"),
-                (completion.CompletionRequest, "validation"),
-                (completion.CompletionResponse, "serialization"),
-            ],
-            ref_template=ref_template,
-        )
-        return found["$defs"]
+        """Return ``protocol.schemas``, which need vLLM, as engines have it."""
+        return protocol.schemas(ref_template)
 
     async def _forget(self, adapter_id: str, act: str) -> None:
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
@@ -296,7 +280,7 @@ class EngineReplica:
                 await self.load(adapter)
             answer = await self._handle(kind, body | {"model": answerer})
         except Exception as error:
-            answer = _error(error)
+            answer = protocol.error_of(error)
         mark = {"model": name, "system_fingerprint": answerer}
         if hasattr(answer, "error"):
             yield answer.error.code, False
@@ -307,17 +291,13 @@ class EngineReplica:
         else:
             yield 200, True
             async for event in answer:
-                yield _mark_event(event, mark)
+                yield protocol.marked(event, mark)
 
     async def _handle(self, kind: str, body: dict[str, Any]) -> Any:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
+        request = protocol.request_of(kind, body)
         if kind == "chat":
-            handler = self._state.openai_serving_chat
-            return await handler.create_chat_completion(ChatCompletionRequest(**body))
-        handler = self._state.openai_serving_completion
-        return await handler.create_completion(CompletionRequest(**body))
+            return await self._state.openai_serving_chat.create_chat_completion(request)
+        return await self._state.openai_serving_completion.create_completion(request)
 
     async def judge(
         self, adapter_id: str | None, questions: list[list[dict[str, str]]]
@@ -381,35 +361,3 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.shutdown()
-
-
-_MISSHAPEN = (LookupError, AttributeError, AssertionError, NotImplementedError, RecursionError)
-"""What vLLM raises on the parts of a request whose shape its own types leave open (tools, arguments of
-the chat template); what its engine raises is of other kinds."""
-
-
-def _error(error: Exception) -> Any:
-    """Turn what vLLM or pydantic raised into vLLM's OpenAI-form error."""
-    from pydantic import ValidationError
-    from vllm.entrypoints.serve import create_error_response
-
-    if isinstance(error, _MISSHAPEN):
-        return create_error_response(f"the request can't be read ({type(error).__name__}: {error})")
-    if isinstance(error, ValidationError):
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False, include_context=False)
-        ]
-        return create_error_response("; ".join(lines))
-    return create_error_response(error)
-
-
-def _mark_event(event: str, mark: Mapping[str, str]) -> str:
-    """Put the requested model name into one server-sent event."""
-    head, _, data = event.partition("data: ")
-    if head or not data.startswith("{"):
-        return event
-    chunk = json.loads(data)
-    if "error" in chunk:
-        return event
-    return f"data: {json.dumps(chunk | mark)}\n\n"
