@@ -1,8 +1,9 @@
 """The judge on Ray Data against raw vLLM on the same prompts, and against one call after another.
 
 All sides run SmolLM2 (or ``--model``) with the same threads in a worker of their own, in turns, and read
-one token's probability per reply; engine start and the first batch are not timed. Ratios are taken
-within each round, and the median of the rounds is printed. The policy is the quickstart's, with clauses
+one token's probability per reply. Timed is the steady state: not the engine's start, nor the first
+``--warm`` pairs, during which the processes that write the rows start too. Ratios are taken within
+each round, and the median of the rounds is printed. The policy is the quickstart's, with clauses
 added up to about ``--policy-tokens``: what a shared prefix saves depends on how long it is.
 
 - both: ``triage_pairs``, the whole path from parquet to parquet, both replies of each pair judged so
@@ -53,10 +54,10 @@ class Marks:
         with self.path.open("a") as file:
             file.write(json.dumps([time.time(), done]) + "\n")
 
-    def pairs_per_s(self) -> float:
-        """Return the rate after the first batch."""
+    def pairs_per_s(self, warm: int) -> float:
+        """Return the rate after the batch that makes ``warm`` pairs full."""
         marks = [json.loads(line) for line in self.path.read_text().splitlines()]
-        (began, first), (ended, last) = marks[0], marks[-1]
+        (began, first), *_, (ended, last) = [mark for mark in marks if mark[1] >= warm]
         return (last - first) / (ended - began)
 
 
@@ -103,8 +104,10 @@ def raw(spec: JudgeSpec, pairs: list[PreferencePair], warm: int, one_by_one: boo
     return (len(pairs) - warm) / (time.perf_counter() - started)
 
 
-def ours(spec: JudgeSpec, source: Path, folder: Path, n: int) -> tuple[float, list[float], int]:
-    """Return pairs per second after the first batch, p_violate of ``chosen``, and the questions."""
+def ours(
+    spec: JudgeSpec, source: Path, folder: Path, n: int, warm: int
+) -> tuple[float, list[float], int]:
+    """Return pairs per second after ``warm`` pairs, p_violate of ``chosen``, and the questions."""
     folder.mkdir()
     marks: Any = Marks(folder / "marks.jsonl")
     triage_pairs(source, folder / "out", spec, None, marks)
@@ -112,7 +115,7 @@ def ours(spec: JudgeSpec, source: Path, folder: Path, n: int) -> tuple[float, li
     if len(rows) != n:
         raise RuntimeError(f"{len(rows)} rows written, not {n}")
     asked = sum(row["judge_calls"] for row in rows)
-    return marks.pairs_per_s(), [row["verdict_chosen"]["p_violate"] for row in rows], asked
+    return marks.pairs_per_s(warm), [row["verdict_chosen"]["p_violate"] for row in rows], asked
 
 
 def violating(policy: Policy, pairs: Sequence[PreferencePair]) -> float:
@@ -144,18 +147,18 @@ class Round:
     """Questions a pair of ours."""
 
 
-def run_round(spec: JudgeSpec, folder: Path, pairs: int, batch: int, reference: int) -> Round:
+def run_round(spec: JudgeSpec, folder: Path, pairs: int, warm: int, reference: int) -> Round:
     """Measure each side once."""
     source = folder / "pairs"
     make_pairs(source, pairs)
     rows = [PreferencePair.from_row(row) for row in read_rows(source)]
     resources = spec.config.resources
-    alone = run_alone(resources, raw, spec, rows, batch, False)
-    both, chosen, _ = ours(spec, source, folder / "both", pairs)
+    alone = run_alone(resources, raw, spec, rows, warm, False)
+    both, chosen, _ = ours(spec, source, folder / "both", pairs, warm)
     needed = spec.config.model_copy(update={"judge_both": False})
     cut = sorted(chosen, reverse=True)[round(violating(spec.policy, rows) * pairs)]
     lean = replace(spec, config=needed, threshold=cut)
-    whole, _, asked = ours(lean, source, folder / "ours", pairs)
+    whole, _, asked = ours(lean, source, folder / "ours", pairs, warm)
     peer = run_alone(resources, raw, spec, rows[: reference + 2], 2, True)
     return Round(alone, both, whole, peer, asked / pairs)
 
@@ -165,8 +168,9 @@ def main(
     policy: str = "examples/policy-2026.2.yaml",
     policy_tokens: int = typer.Option(650, help="0 = the policy as it is."),
     rounds: int = 3,
-    pairs: int = typer.Option(256, help="Of ours and raw."),
-    batch: int = typer.Option(64, help="Pairs of a batch of ours; the first one is not timed."),
+    pairs: int = typer.Option(768, help="Of ours and raw."),
+    warm: int = typer.Option(256, help="The first of them, not timed."),
+    batch: int = typer.Option(64, help="Pairs of a batch of ours."),
     reference: int = typer.Option(20, help="Pairs of the reference; two more are not timed."),
     threads: int = 2,
 ) -> None:
@@ -190,7 +194,7 @@ def main(
     with connected():
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as name:
-                found.append(run_round(spec, Path(name), pairs, batch, reference))
+                found.append(run_round(spec, Path(name), pairs, warm, reference))
 
     def middle(of: Callable[[Round], float]) -> float:
         return statistics.median(map(of, found))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -40,17 +42,20 @@ def opened(url: str, ready: str, name: str) -> tuple[str, list[str]]:
     It is looked at light, dark, on a phone and in print: as ``<name>-<look>.png`` in TRACE_RAY_SCREENSHOTS.
     Text wider than the window is a complaint.
     """
-    with tempfile.TemporaryDirectory() as profile:
+    # Its processes end a moment after the first one, and may still write.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         words = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"]
         words += ["--disable-background-networking", "--remote-debugging-port=0"]
         words += [f"--user-data-dir={profile}", "about:blank"]
-        with subprocess.Popen(words, stderr=subprocess.DEVNULL) as browser:
+        with subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True) as browser:
             try:
                 seen = _looked_at(url, ready, name, Path(profile, "DevToolsActivePort"))
                 return asyncio.run(asyncio.wait_for(seen, 120))
             finally:
                 browser.terminate()
                 browser.wait(30)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(browser.pid, signal.SIGKILL)
 
 
 async def _looked_at(url: str, ready: str, name: str, port_file: Path) -> tuple[str, list[str]]:

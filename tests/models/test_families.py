@@ -93,6 +93,21 @@ def test_text_can_not_forge_a_turn(make, family):
     assert evil in tokenizer.decode(response)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("system", ["Be kind.", "  <b>\n", "<s> or </s>?", "日本 🙂 \t", ""])
+def test_a_shared_system_message_gives_the_same_ids(make, family, system):
+    tokenizer = make(family.model_types[-1], MARKERS.get(family.name, ()))
+    for asked in ("Hi.", " \n<end", "</s>", "日本"):
+        prompt = (Message("system", system), Message("user", asked))
+        assert encode_prompt(tokenizer, prompt, shared_system=True) == encode_prompt(
+            tokenizer, prompt
+        )
+    if family.name == "qwen2":
+        assert len(chat._head(tokenizer, prompt[0]).ids) >= len(chat._ids(tokenizer, system))
+    alone = (Message("user", "Hi."),)
+    assert encode_prompt(tokenizer, alone, shared_system=True) == encode_prompt(tokenizer, alone)
+
+
 def test_careful_path_equals_the_plain_one(make):
     tokenizer = make("qwen2", MARKERS["qwen2"])
     marks = tuple(

@@ -352,9 +352,9 @@ def test_an_adapter_that_is_new_to_the_engine_is_loaded_while_it_runs(
     assert post("chat/completions", BODY | {"model": third})[0] == 404
     register_like(fleet, config, tmp_path, third, 3)
     asked = BODY | {"model": "support@challenger"}
-    until(lambda: post("chat/completions", asked)[0] == 200)
-    status, answer, headers = post("chat/completions", asked)
-    assert (status, headers["x-trace-ray-adapter"]) == (200, third)
+    until(lambda: post("chat/completions", asked)[2].get("x-trace-ray-adapter") == third)
+    status, answer, _ = post("chat/completions", asked)
+    assert status == 200
     assert answer["system_fingerprint"] == third
     assert post("chat/completions", BODY)[2]["x-trace-ray-adapter"] == OLD
 

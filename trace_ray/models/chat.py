@@ -53,8 +53,23 @@ class _Turn:
     """The template strips white space around the content."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The beginning that all conversations with one system message share."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, shared_system: bool = False
+) -> list[int]:
     """Return the ids of a conversation up to where the assistant's answer begins.
+
+    Args:
+        tokenizer: with a chat template.
+        prompt: the conversation.
+        shared_system: its system message stands in many prompts: it is encoded once and kept.
 
     Raises:
         ModelError: the model's chat template refuses the conversation.
@@ -62,6 +77,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     specials = _specials(tokenizer)
     prompt, text = _render_prompt(tokenizer, prompt)
     if not any(_holds_special(tokenizer, message.content, specials) for message in prompt):
+        head = _head(tokenizer, prompt[0]) if shared_system and len(prompt) > 1 else _Head()
+        if text.startswith(head.text):
+            return [*head.ids, *_ids(tokenizer, text[len(head.text) :])]
         return _ids(tokenizer, text)
     marked = tuple(
         Message(message.role, f"{_OPEN}{index}{_CLOSE}") for index, message in enumerate(prompt)
@@ -173,6 +191,20 @@ def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
         frozenset(text[0] for text in added),
         frozenset(text for text, (_, token) in added.items() if token.rstrip),
     )
+
+
+@lru_cache(maxsize=16)
+def _head(tokenizer: PreTrainedTokenizerBase, system: Message) -> _Head:
+    """Cut ahead of the last special token before the next message: tokenizers cut there themselves."""
+    if system.role != "system":
+        return _Head()
+    mark = f"{_OPEN}0{_CLOSE}"
+    _, whole = _render_prompt(tokenizer, (system, Message("user", mark)))
+    before = whole[: whole.index(mark)]
+    cut = max((before.rfind(name) for name in _specials(tokenizer).ids), default=0)
+    text = before[: max(cut, 0)]
+    ids, rest = _ids(tokenizer, text), _ids(tokenizer, whole[len(text) :])
+    return _Head(text, tuple(ids)) if [*ids, *rest] == _ids(tokenizer, whole) else _Head()
 
 
 def _holds_special(tokenizer: PreTrainedTokenizerBase, text: str, specials: _Specials) -> bool:

@@ -124,7 +124,10 @@ def fit_judge_adapter(
         _sampler([request for request, *_ in asked], config),
         model=model,
         args=_arguments(config, out, use_cpu=use_cpu),
-        train_dataset=[(encode_prompt(tokenizer, question), said) for _, question, said in asked],
+        train_dataset=[
+            (encode_prompt(tokenizer, question, shared_system=True), said)
+            for _, question, said in asked
+        ],
         data_collator=_collate,
         callbacks=[StepCallback(on_step)],
     )

@@ -188,4 +188,6 @@ def _question_tokens(spec: JudgeSpec, rows: list[TriagedPair], counts: JudgeCoun
         judge_question(spec.policy, Exchange(row.pair.prompt, row.pair.chosen))
         for row in rows[:MEASURED]
     ]
-    return statistics.fmean(len(encode_prompt(tokenizer, question)) for question in asked)
+    return statistics.fmean(
+        len(encode_prompt(tokenizer, question, shared_system=True)) for question in asked
+    )

@@ -195,7 +195,8 @@ class VLLMJudge:
         from trace_ray.models.chat import encode_prompt
 
         try:
-            ids = encode_prompt(self.tokenizer, judge_question(self.spec.policy, exchange))
+            asked = judge_question(self.spec.policy, exchange)
+            ids = encode_prompt(self.tokenizer, asked, shared_system=True)
         except ModelError as error:
             return Verdict.unjudged(self.spec.judge_id, str(error))
         if 0 < len(ids) < self.max_tokens:

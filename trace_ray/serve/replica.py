@@ -319,7 +319,7 @@ class EngineReplica:
 
         try:
             yes, no = self._yes_no()
-            ids = encode_prompt(self._tokenizer, prompt)
+            ids = encode_prompt(self._tokenizer, prompt, shared_system=True)
         except ModelError as error:
             return str(error)
         if not 0 < len(ids) < self._config.max_model_len:
