@@ -12,7 +12,9 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from trace_ray.cli import app
 from trace_ray.config import load_config
 from trace_ray.data.s3 import S3Access
 from trace_ray.errors import AuditError, BusyError, ConfigError, StateError
@@ -141,6 +143,33 @@ def test_parts_of_a_stage_that_was_broken_off_are_found_on_another_node(
     assert len(keys(client, bucket)) == 2
     store.stage("train", key, one_file())
     assert not any(name.startswith("parts/") for name in keys(client, bucket))
+
+
+def test_gc_removes_what_killed_runs_left_in_a_bucket(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE_RAY_CACHE", str(tmp_path / "cache"))
+    path = config_with(tmp_path, storage=f"s3://acme-storage/{tmp_path.name}")
+    store = Store.of(load_config(path))
+    bucket = store.bucket
+    assert bucket is not None
+    done = store.stage("scores", {"x": 1}, one_file()).path
+    for left in ("train/run/checkpoint_1/a.pt", "stages/train/k.tmp-host-1-a/rows.parquet"):
+        bucket.write(Path(bucket.root, left), b"123")
+    store.parts("scores", {"x": 2}).once("first", lambda: 1)
+    before = keys(client, bucket)
+
+    def gc(*words: str) -> str:
+        found = CliRunner().invoke(app, ["gc", str(path), *words])
+        assert found.exit_code == 0, found.output
+        return found.output
+
+    assert "0 folders" in gc("--days", "7")
+    assert "checkpoint run in the bucket: 0.0 MiB" in gc("--days", "0", "--dry-run")
+    assert before <= keys(client, bucket)
+    shutil.rmtree(done)  # of this node's copy
+    assert "3 folders" in gc("--days", "0")
+    assert {name for name in keys(client, bucket) if not name.startswith("state/")} == {
+        f"stages/scores/{done.name}/{name}" for name in ("deep/a.txt", "stage.json")
+    }
 
 
 def test_a_worker_gets_what_it_reads_and_gives_what_it_made(store, bucket, tmp_path):

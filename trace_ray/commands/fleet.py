@@ -115,7 +115,9 @@ def gc_command(
         stale = clean(str(config), days, dry_run=dry_run)
         for each in stale:
             size = f"{each.size / 2**20:.1f} MiB"
-            typer.echo(f"{each.what} {each.path.name}: {size}, idle {each.idle_s / DAY_S:.1f} days")
+            place = " in the bucket" if each.bucket else ""
+            idle = f"idle {each.idle_s / DAY_S:.1f} days"
+            typer.echo(f"{each.what} {each.path.name}{place}: {size}, {idle}")
         total = sum(each.size for each in stale) / 2**20
         typer.echo(
             f"{len(stale)} folders, {total:.1f} MiB {'would go' if dry_run else 'removed'}; adapters "

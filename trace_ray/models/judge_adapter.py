@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,25 @@ from trace_ray.models.packing import Trie, build_trie
 from trace_ray.types import LabelledResponse, Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import (
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
 WORK = "work"  # the trainer's own folder, gone when the adapter is there
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """What a fit that is broken off goes on from."""
+
+    keep: Callable[[Path], None]
+    """Takes a checkpoint's folder, in an earlier one's place."""
+    restore: Callable[[Path], bool]
+    """Writes the last checkpoint as the folder it is given; False without one."""
+    every_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,7 @@ def fit_judge_adapter(
     by_clause: bool,
     use_cpu: bool,
     on_step: Callable[[int, int], None],
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train the adapter on ``labels`` and save it into ``out`` (safetensors).
 
@@ -107,6 +125,7 @@ def fit_judge_adapter(
         by_clause: train on questions about single clauses instead of the whole policy.
         use_cpu: train on the CPU.
         on_step: called with (step, all steps).
+        checkpoints: an earlier attempt's, and this one's; the adapter is the same with or without.
 
     Raises:
         ModelError: by clause, no label says which clause it is about.
@@ -131,9 +150,33 @@ def fit_judge_adapter(
         data_collator=_collate,
         callbacks=[StepCallback(on_step)],
     )
-    trainer.train()
+    last = out / WORK / "last"
+    found = False
+    if checkpoints is not None:
+        trainer.add_callback(_keeper(checkpoints))
+        found = checkpoints.restore(last)
+    trainer.train(resume_from_checkpoint=str(last) if found else None)
     shutil.rmtree(out / WORK, ignore_errors=True)
     save_adapter(model, out)
+
+
+def _keeper(checkpoints: Checkpoints) -> TrainerCallback:
+    """Return the callback that has a checkpoint made and kept every so many seconds."""
+    from transformers import TrainerCallback
+
+    class Keeper(TrainerCallback):
+        last = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = time.monotonic() - self.last >= checkpoints.every_s
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            made = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            checkpoints.keep(made)
+            shutil.rmtree(made)
+            self.last = time.monotonic()
+
+    return Keeper()
 
 
 def _questions(

@@ -9,7 +9,7 @@ from pathlib import Path
 from trace_ray.config import load_config
 from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.runtime.fleet_lock import FleetLock
-from trace_ray.runtime.stale import Stale, find_stale, remove
+from trace_ray.runtime.stale import Stale, find_abandoned, find_stale, remove
 from trace_ray.runtime.state_files import FolderFiles
 from trace_ray.runtime.store import Store
 
@@ -19,13 +19,14 @@ DAY_S = 86400.0
 def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
     """Remove stages and checkpoints unused for so many days, those of the newest run never.
 
-    Of a storage in a bucket only this machine's copy is cleaned: what it lacks comes back from there.
+    Of a storage in a bucket this machine's copy is cleaned (what it lacks comes back from there), and in
+    the bucket what killed runs left unfinished; finished stages stay there.
 
     Returns:
         What went, or would go in a dry run.
 
     Raises:
-        StateError: a run holds this fleet, or another one in the same storage.
+        StateError: a run holds this fleet, or another one in the same storage, or the bucket fails.
     """
     config = load_config(config_path)
     store, mine = Store.of(config), FleetState.of(config)
@@ -38,6 +39,8 @@ def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
             held.callback(lock.release)
             held.enter_context(lock.beating())
         stale = find_stale(store, days * DAY_S, _of_newest_run(Path(store.root)))
+        if store.bucket is not None:
+            stale += find_abandoned(store.bucket, days * DAY_S)
         if not dry_run:
             for each in stale:
                 remove(each)

@@ -182,10 +182,8 @@ def _prepared_vllm(
         return dataclasses.replace(spec, threshold=card.threshold), card
 
     def work(out: Path) -> None:
-        needs = spec.needs
-        run_alone(
-            config.resources, fit_judge, spec, config, labels, out, fleet, needs=needs, out=out
-        )
+        given = (spec, config, labels, out, fleet, inputs.store.parts("judge", key))
+        run_alone(config.resources, fit_judge, *given, needs=spec.needs, out=out)
 
     stage = inputs.store.stage("judge", key, work)
     card = read_card(stage.path)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +213,12 @@ class Bucket:
         found = [each for folder in KEPT for each in self._under(Path(self.root, folder))]
         return {key[len(self.place(self.root)) :].lstrip("/"): etag for key, etag in found}
 
+    def written(self, folder: str | Path) -> Iterator[tuple[Path, float, int]]:
+        """Yield each file under a folder: its path in the copy, its Unix time, its size in bytes."""
+        for item in self._items(folder):
+            inside = item["Key"][len(self.place(self.root)) :].lstrip("/")
+            yield Path(self.root, inside), item["LastModified"].timestamp(), item["Size"]
+
     def _under(self, path: str | Path, *, marks: bool = False) -> Iterator[tuple[str, str]]:
         """Yield key and ETag of a file, or of all that a folder holds.
 
@@ -220,14 +226,19 @@ class Bucket:
             path: in the copy.
             marks: also the empty objects that stand for folders.
         """
+        for item in self._items(path):
+            if marks or item["Key"][-1] != "/":
+                yield item["Key"], item["ETag"]
+
+    def _items(self, path: str | Path) -> Iterator[Mapping[str, Any]]:
+        """Yield what S3 tells of a file, or of all that a folder holds."""
         place = self.place(path)
         with self._told():
             pages = self.access.client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.name, Prefix=place):
                 for item in page.get("Contents", []):
-                    inside = item["Key"] == place or item["Key"].startswith(f"{place}/")
-                    if inside and (marks or item["Key"][-1] != "/"):
-                        yield item["Key"], item["ETag"]
+                    if item["Key"] == place or item["Key"].startswith(f"{place}/"):
+                        yield item
 
     def _fetch(self, key: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

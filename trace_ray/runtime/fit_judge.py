@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from trace_ray.core.policy import Policy
 from trace_ray.data.steering import attacked_labels
 from trace_ray.errors import JudgeError
 from trace_ray.runtime.judges import Exchange, Judge, JudgeSpec, VLLMJudge
+from trace_ray.runtime.parts import NO_PARTS, Parts
 from trace_ray.runtime.store import write_json
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.types import Label, LabelledResponse
@@ -70,6 +72,7 @@ def fit_judge(
     labels: Sequence[LabelledResponse],
     out: Path,
     progress: Callable[[str, int, int], None],
+    parts: Parts = NO_PARTS,
 ) -> None:
     """Fit (``adapter: auto``), calibrate and measure a judge; write its adapter and ``judge.json``.
 
@@ -79,13 +82,14 @@ def fit_judge(
         labels: all labelled responses beside the policy's own examples.
         out: stage folder.
         progress: called with (what, done, total).
+        parts: of an earlier attempt that was broken off.
 
     Raises:
         JudgeError: too few labels to fit, calibrate and measure.
     """
     import torch
 
-    from trace_ray.models.judge_adapter import fit_judge_adapter, split_labels
+    from trace_ray.models.judge_adapter import Checkpoints, fit_judge_adapter, split_labels
 
     spec.needs.fetch()
     split = split_labels(labels, config.fit.seed)
@@ -106,6 +110,7 @@ def fit_judge(
             by_clause=config.granularity == "clause",
             use_cpu=config.resources.num_gpus == 0,
             on_step=lambda done, total: progress("fitting the judge", done, total),
+            checkpoints=Checkpoints(partial(parts.keep, "fit"), partial(parts.restore, "fit")),
         )
     progress("measuring the judge", 0, 0)
     spec = replace(spec, adapter_dir=adapter)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from trace_ray.runtime.bucket import Bucket
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """JSON values by name, kept until the stage is finished (plain data: it travels to workers)."""
+    """JSON values and folders by name, kept until the stage is done (plain data: it travels to workers)."""
 
     folder: str = ""
     """Of this stage alone, in the storage; empty = nothing is kept."""
@@ -37,9 +39,38 @@ class Parts:
         path = Path(self.folder, f"{name}.json")
         text = self._read(path)
         if text is None:
-            text = json.dumps(work())
+            text = json.dumps(work()).encode()
             self._write(path, text)
         return json.loads(text)
+
+    def keep(self, name: str, folder: Path) -> None:
+        """Keep a folder with all it holds as part ``name``, in an earlier one's place.
+
+        Raises:
+            StateError: the bucket can't be reached.
+        """
+        if not self.folder:
+            return
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            archive.add(folder, arcname=".")
+        self._write(Path(self.folder, f"{name}.tar"), packed.getvalue())
+
+    def restore(self, name: str, folder: Path) -> bool:
+        """Write the folder kept as part ``name`` as ``folder``.
+
+        Returns:
+            False where none was kept.
+
+        Raises:
+            StateError: the bucket can't be reached.
+        """
+        packed = self._read(Path(self.folder, f"{name}.tar")) if self.folder else None
+        if packed is None:
+            return False
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(folder, filter="data")
+        return True
 
     def remove(self) -> None:
         """Remove them all: the stage has what they were for."""
@@ -48,19 +79,19 @@ class Parts:
         elif self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, path: Path) -> str | None:
+    def _read(self, path: Path) -> bytes | None:
         if self.bucket is not None:
             found = self.bucket.read(path)
-            return found and found[0].decode()
-        return path.read_text() if path.exists() else None
+            return found and found[0]
+        return path.read_bytes() if path.exists() else None
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, body: bytes) -> None:
         if self.bucket is not None:
-            self.bucket.write(path, text.encode())
+            self.bucket.write(path, body)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with drafted(path) as draft:
-            draft.write_text(text)
+            draft.write_bytes(body)
 
 
 NO_PARTS = Parts()

@@ -1,4 +1,4 @@
-"""What of a storage folder nothing has used lately, and what of a bucket's copy has no room.
+"""What of a storage nothing has used lately, and what of a bucket's copy has no room.
 
 Whoever finds a stage touches its folder (``Store.find``), so a folder's time says when it was last of
 use. Registered adapters are in the registry, not here, and verdicts have a command of their own.
@@ -7,15 +7,18 @@ use. Registered adapters are in the registry, not here, and verdicts have a comm
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from trace_ray.errors import ConfigError
+from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.store import ADAPTER_CONFIG, RECORD, Store
 
 LIMIT_ENV = "TRACE_RAY_CACHE_GB"
@@ -34,6 +37,8 @@ class Stale:
     idle_s: float
     size: int
     """Bytes."""
+    bucket: Bucket | None = None
+    """Where it lies; None = on this machine."""
 
 
 def find_stale(store: Store, idle_s: float, keep: set[Path]) -> list[Stale]:
@@ -50,6 +55,34 @@ def find_stale(store: Store, idle_s: float, keep: set[Path]) -> list[Stale]:
         if idle > idle_s and path not in keep:
             found.append(Stale(path, what, idle, _size(path)))
     return sorted(found, key=lambda each: -each.size)
+
+
+def find_abandoned(bucket: Bucket, idle_s: float) -> list[Stale]:
+    """Return what killed runs left in a bucket: unfinished stages, their parts and checkpoints.
+
+    Args:
+        bucket: of the storage.
+        idle_s: seconds; what was written to since stays.
+
+    Raises:
+        StateError: the bucket can't be read.
+    """
+    now, root = time.time(), Path(bucket.root)
+    idle, sizes = dict[tuple[Path, str], float](), Counter[tuple[Path, str]]()
+    for top, depth in (("stages", 3), ("train", 2), ("parts", 3)):
+        for path, written, size in bucket.written(root / top):
+            names = path.relative_to(root).parts
+            if len(names) < depth or (top == "stages" and ".tmp-" not in names[2]):
+                continue
+            what = {"stages": names[1], "train": "checkpoint", "parts": "parts"}[top]
+            left = root.joinpath(*names[:depth]), what
+            idle[left] = min(now - written, idle.get(left, math.inf))
+            sizes[left] += size
+    return [
+        Stale(path, what, since, sizes[path, what], bucket)
+        for (path, what), since in idle.items()
+        if since > idle_s
+    ]
 
 
 def keep_within_limit(store: Store) -> list[Stale]:
@@ -92,7 +125,10 @@ def _size(path: Path) -> int:
 
 
 def remove(stale: Stale) -> None:
-    """Remove a folder: gone by one rename, so that nobody finds half of it."""
+    """Remove a folder; on this machine by one rename, so that nobody finds half of it."""
+    if stale.bucket is not None:
+        stale.bucket.remove(stale.path)
+        return
     gone = stale.path.with_name(f".gone-{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
         stale.path.rename(gone)

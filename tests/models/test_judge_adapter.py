@@ -1,0 +1,53 @@
+"""The fit of a judge adapter."""
+
+from functools import partial
+
+import pytest
+
+from trace_ray.config import JudgeFitConfig
+from trace_ray.core.policy import Policy
+from trace_ray.models.adapters import adapter_sha256
+from trace_ray.models.judge_adapter import Checkpoints, fit_judge_adapter
+from trace_ray.runtime.parts import Parts
+from trace_ray.testing import tiny_model
+from trace_ray.types import LabelledResponse, Message
+
+POLICY = Policy.model_validate(
+    {"id": "p", "version": "1", "clauses": [{"id": "no-foo", "text": "Never say foo."}]}
+)
+
+
+def test_a_fit_that_was_broken_off_goes_on_and_gives_the_same_adapter(tmp_path):
+    base = tiny_model(tmp_path / "base", seed=1)
+    labels = [
+        LabelledResponse((Message("user", f"{i}?"),), f"{word} {i}", word == "foo")
+        for i in range(8)
+        for word in ("foo", "fine")
+    ]
+    parts = Parts(str(tmp_path / "parts"))
+    kept = Checkpoints(partial(parts.keep, "fit"), partial(parts.restore, "fit"), every_s=0)
+    fit = partial(
+        fit_judge_adapter,
+        str(base),
+        POLICY,
+        labels,
+        JudgeFitConfig(epochs=3, batch_size=4),
+        by_clause=False,
+        use_cpu=True,
+    )
+    fit(out=tmp_path / "undisturbed", on_step=lambda *_: None)
+
+    def kill(step, _):
+        if step == 6:  # in the midst of the second pass
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(out=tmp_path / "first", on_step=kill, checkpoints=kept)
+    steps = []
+    fit(out=tmp_path / "second", on_step=lambda *at: steps.append(at), checkpoints=kept)
+    assert steps == [(step, 12) for step in range(6, 13)]
+    assert adapter_sha256(tmp_path / "second") == adapter_sha256(tmp_path / "undisturbed")
+    assert {path.name for path in (tmp_path / "second").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
