@@ -4,13 +4,14 @@ The tokens of one prompt and its responses stand side by side in a packed row (`
 other and a few shared ancestors, nothing of the other blocks. One dense T x T attention would compute all
 of it and hide most; here each block computes what it sees. At a few hundred tokens a block's scores fit
 in a cache, so plain matmuls beat the CPU's flash kernel (measured with AVX-512 BF16: backward 4 times,
-forward 1.7 times as fast at 162 tokens), and they are computed again for the gradient, not kept.
+forward 1.7 times as fast at 162 tokens). A small block's weights are kept for the gradient, those of a
+larger one computed again: memory would grow with the square of its length.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+KEPT = 2**19
+"""Attention weights of a block and layer, all heads together, that are kept at most."""
 BLOCKWISE = "blockwise"
 """Name of the attention implementation; without blocks it is transformers' ``sdpa``."""
 
@@ -34,6 +37,14 @@ class Block:
     """[N] int64: the ancestors outside the block."""
     mask: Tensor
     """[end - start, N + end - start], additive: the ancestors, then the block's own rows."""
+    biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def bias(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """Return the mask for ``groups`` query heads under one another, the same tensor in every layer."""
+        key = (groups, dtype)
+        if key not in self.biases:
+            self.biases[key] = self.mask.to(dtype).repeat(groups, 1)
+        return self.biases[key]
 
     def keys(self, values: Tensor) -> Tensor:
         """Return what the block sees of ``values`` [H, T, D]."""
@@ -93,10 +104,9 @@ def blockwise_attention(
     return out[None], None
 
 
-def _weights(query: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _weights(query: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
     """Return softmax(scale q k' + mask) [key-value heads, G t, N]; G query heads share a key's head."""
-    groups = query.shape[1] // mask.shape[0]
-    bias = mask.to(query.dtype).repeat(groups, 1).expand(len(keys), -1, -1)
+    bias = block.bias(query.shape[1] // len(block.mask), query.dtype).expand(len(keys), -1, -1)
     return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale).softmax(-1)
 
 
@@ -107,28 +117,31 @@ class _BlockAttention(torch.autograd.Function):
     ) -> Tensor:
         heads, n, width = query.shape
         out = query.new_empty(n, heads, width)
+        kept = []
         with torch.autocast(query.device.type, enabled=False):
             for block in blocks:
                 mine = query[:, block.start : block.end].reshape(len(key), -1, width)
-                probs = _weights(mine, block.keys(key), block.mask, scale)
+                probs = _weights(mine, block.keys(key), block, scale)
+                kept.append(probs if any(ctx.needs_input_grad) and probs.numel() <= KEPT else None)
                 found = torch.bmm(probs, block.keys(value)).view(heads, -1, width)
                 out[block.start : block.end] = found.transpose(0, 1)
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         heads, _, width = query.shape
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
-        for block in ctx.blocks:
+        for block, probs in zip(ctx.blocks, kept, strict=True):
             rows = slice(block.start, block.end)
             mine = query[:, rows].reshape(len(key), -1, width)
             keys, values = block.keys(key), block.keys(value)
-            probs = _weights(mine, keys, block.mask, ctx.scale)
+            if probs is None:
+                probs = _weights(mine, keys, block, ctx.scale)
             d_out = grad[rows].transpose(0, 1).reshape(len(key), -1, width)
             block.add_to(d_value, torch.bmm(probs.transpose(1, 2), d_out))
             d_probs = torch.bmm(d_out, values.transpose(1, 2))
