@@ -200,7 +200,7 @@ def _head(tokenizer: PreTrainedTokenizerBase, system: Message) -> _Head:
         return _Head()
     mark = f"{_OPEN}0{_CLOSE}"
     _, whole = _render_prompt(tokenizer, (system, Message("user", mark)))
-    before = whole[: whole.index(mark)]
+    before = whole.partition(mark)[0]
     cut = max((before.rfind(name) for name in _specials(tokenizer).ids), default=0)
     text = before[: max(cut, 0)]
     ids, rest = _ids(tokenizer, text), _ids(tokenizer, whole[len(text) :])
