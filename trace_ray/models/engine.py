@@ -192,7 +192,9 @@ class Engine:
         """
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=[yes_id, no_id])
+        params = SamplingParams(
+            temperature=0, max_tokens=1, logprob_token_ids=[yes_id, no_id], detokenize=False
+        )
         pairs = []
         for output in self._run(prompt_token_ids, params, adapters):
             logprobs = output.outputs[0].logprobs

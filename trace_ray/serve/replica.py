@@ -336,7 +336,9 @@ class EngineReplica:
         """Return log p(token | prompt) of each token, nats, under a LoRA request or the base."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(token_ids))
+        params = SamplingParams(
+            temperature=0, max_tokens=1, logprob_token_ids=list(token_ids), detokenize=False
+        )
         prompt: Any = {"prompt_token_ids": list(prompt_ids)}
         name = f"logps-{uuid.uuid4().hex}"
         output: Any = None
