@@ -41,7 +41,7 @@ def ours(
         progress=lambda done, total: marks.append((time.perf_counter(), done, total)),
     )
     whole = time.perf_counter() - started
-    # The first call comes after the first batch: what precedes it is loading and the gold batch.
+    # What precedes the first call is loading and the gold batch.
     (first, done, total), (last, _, _) = marks[0], marks[-1]
     return summary, (last - first) * total / (total - done), whole
 

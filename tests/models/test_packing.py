@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ray.core import logprobs
+from trace_ray.models import attention
 from trace_ray.models.attention import BLOCKWISE, attention_blocks
 from trace_ray.models.collate import BucketSampler, pad_sequences
 from trace_ray.models.packing import build_trie, pack_exchanges
@@ -42,7 +43,9 @@ def test_packed_equals_padded(model, exchanges):
     torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
 
 
-def test_packed_gradients_equal_padded_ones(model):
+@pytest.mark.parametrize("kept", [0, attention.KEPT], ids=["computed again", "kept"])
+def test_packed_gradients_equal_padded_ones(model, kept, monkeypatch):
+    monkeypatch.setattr(attention, "KEPT", kept)
     exchanges = [([1, 11, 12], [13, 14]), ([1, 11, 12], [15, 16, 17]), ([1, 11, 16], [17])]
     weights = [p for name, p in model.named_parameters() if "_proj" in name]
     found = [

@@ -7,12 +7,11 @@ use. Registered adapters are in the registry, not here, and verdicts have a comm
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import time
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,22 +66,20 @@ def find_abandoned(bucket: Bucket, idle_s: float) -> list[Stale]:
     Raises:
         StateError: the bucket can't be read.
     """
-    now, root = time.time(), Path(bucket.root)
-    idle, sizes = dict[tuple[Path, str], float](), Counter[tuple[Path, str]]()
+    now, root, found = time.time(), Path(bucket.root), list[Stale]()
     for top, depth in (("stages", 3), ("train", 2), ("parts", 3)):
+        held = defaultdict[tuple[str, ...], list[tuple[float, int]]](list)
         for path, written, size in bucket.written(root / top):
-            names = path.relative_to(root).parts
-            if len(names) < depth or (top == "stages" and ".tmp-" not in names[2]):
-                continue
-            what = {"stages": names[1], "train": "checkpoint", "parts": "parts"}[top]
-            left = root.joinpath(*names[:depth]), what
-            idle[left] = min(now - written, idle.get(left, math.inf))
-            sizes[left] += size
-    return [
-        Stale(path, what, since, sizes[path, what], bucket)
-        for (path, what), since in idle.items()
-        if since > idle_s
-    ]
+            names = path.relative_to(root).parts[:depth]
+            if len(names) == depth and (top != "stages" or ".tmp-" in names[-1]):
+                held[names].append((written, size))
+        for names, files in held.items():
+            idle = now - max(written for written, _ in files)
+            what = {"stages": names[1], "train": "checkpoint"}.get(top, top)
+            if idle > idle_s:
+                size = sum(size for _, size in files)
+                found.append(Stale(root.joinpath(*names), what, idle, size, bucket))
+    return found
 
 
 def keep_within_limit(store: Store) -> list[Stale]:

@@ -62,9 +62,14 @@ class TriageBatch:
 
         before = self._counters()
         prompts = [_PromptKey(rows) for rows in batch.column("prompt").to_pylist()]
-        chosen, rejected = (
-            self._both(prompts, batch) if self.judge_both else self._needed(prompts, batch)
-        )
+        chosen = self._judged(prompts, batch.column("chosen").to_pylist())
+        needed = [i for i, v in enumerate(chosen) if self.judge_both or v.label is Label.VIOLATES]
+        texts = batch.column("rejected").take(pa.array(needed, pa.int64())).to_pylist()
+        rejected: list[Verdict | None] = [None] * len(prompts)
+        for i, verdict in zip(
+            needed, self._judged([prompts[i] for i in needed], texts), strict=True
+        ):
+            rejected[i] = verdict
         self.judge.flush()
         category = [str(triage.categorise(a, b)) for a, b in zip(chosen, rejected, strict=True)]
         spent = [now - was for now, was in zip(self._counters(), before, strict=True)]
@@ -78,34 +83,6 @@ class TriageBatch:
             rest = [0] * (len(prompts) - 1)
             out = out.append_column(name, pa.array([value, *rest][: len(prompts)], pa.int64()))
         return out
-
-    def _both(
-        self, prompts: Sequence[_PromptKey], batch: Any
-    ) -> tuple[list[Verdict], list[Verdict | None]]:
-        """Judge every reply in one call, those to one prompt side by side."""
-        pairs = zip(
-            batch.column("chosen").to_pylist(), batch.column("rejected").to_pylist(), strict=True
-        )
-        found = self._judged(
-            [prompt for prompt in prompts for _ in range(2)],
-            [text for pair in pairs for text in pair],
-        )
-        return found[::2], list(found[1::2])
-
-    def _needed(
-        self, prompts: Sequence[_PromptKey], batch: Any
-    ) -> tuple[list[Verdict], list[Verdict | None]]:
-        """Judge ``rejected`` only where ``chosen`` violates."""
-        import pyarrow as pa
-
-        chosen = self._judged(prompts, batch.column("chosen").to_pylist())
-        needed = [i for i, verdict in enumerate(chosen) if verdict.label is Label.VIOLATES]
-        texts = batch.column("rejected").take(pa.array(needed, pa.int64())).to_pylist()
-        rejected: list[Verdict | None] = [None] * len(prompts)
-        found = self._judged([prompts[i] for i in needed], texts)
-        for i, verdict in zip(needed, found, strict=True):
-            rejected[i] = verdict
-        return chosen, rejected
 
     def _judged(self, prompts: Sequence[_PromptKey], responses: list[str]) -> list[Verdict]:
         ids = [p.response_id(text) for p, text in zip(prompts, responses, strict=True)]
