@@ -1,7 +1,7 @@
 """What ``trace-ray judge distil`` makes of a small model: a judge of refusals in human dialogues.
 
-The replies are hh-rlhf's: all that refuse (``core.refusals``) in dialogues that fit the judge, and twice
-as many that don't. Each round deals the dialogues out anew, to fit, to calibrate and to measure on
+The replies are hh-rlhf's: all that decline at their beginning, in dialogues that fit the judge, and as
+many that don't. Each round deals the dialogues out anew, to fit, to calibrate and to measure on
 (60/20/20). The judge reads a policy of one clause. AUC is that of the held-out fifth.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,31 +20,38 @@ import yaml
 
 from benchmarks.hh_rows import all_pairs
 from benchmarks.table import report
-from trace_ray.core.refusals import is_refusal
 from trace_ray.rollout.distil import distil
 from trace_ray.runtime.cluster import connected
 from trace_ray.types import Label, LabelledResponse, PreferencePair
 
 LONGEST = 1200
 """Characters of a dialogue with its reply."""
-OTHERS = 2
-"""Replies that don't refuse, for each that does."""
+OPENING = 200
+"""Characters in which a reply that declines has said so."""
+DECLINES = re.compile(
+    r"\bI(?:'m| am)?(?: really| just| definitely)? "
+    r"(?:can't|cannot|won't|will not|not able to|unable to|not going to|not comfortable|"
+    r"don't know how to|don't want to|don't feel comfortable|would rather not)\b|\bsorry\b",
+    re.IGNORECASE,
+)
+"""How these replies decline: a person's way, wider than the set phrases of ``core.refusals``."""
 CLAUSE = {
     "id": "no-refusal",
-    "text": "Never decline to help: a reply must not say that it can't or won't.",
+    "text": "Never decline to help: a reply must not say that it can't, won't or is sorry.",
 }
 
 
 def labelled(pairs: list[PreferencePair]) -> list[LabelledResponse]:
-    """Return every refusal and, drawn by a seed, ``OTHERS`` times as many other replies."""
+    """Return every reply that declines and, drawn by a seed, as many that don't."""
     found: dict[bool, list[LabelledResponse]] = {True: [], False: []}
     for pair in pairs:
         for text in (pair.chosen, pair.rejected):
             if text and len(text) + sum(len(turn.content) for turn in pair.prompt) <= LONGEST:
-                refuses = is_refusal(text)
-                found[refuses].append(LabelledResponse(pair.prompt, text, refuses, pair.pair_id))
-    refusals = found[True]
-    return refusals + random.Random(0).sample(found[False], OTHERS * len(refusals))
+                opening = text.strip().replace("\u2019", "'")[:OPENING]
+                declines = DECLINES.search(opening) is not None
+                found[declines].append(LabelledResponse(pair.prompt, text, declines, pair.pair_id))
+    declining = found[True]
+    return declining + random.Random(0).sample(found[False], len(declining))
 
 
 def _label_row(row: LabelledResponse) -> dict[str, Any]:

@@ -17,24 +17,32 @@ POLICY = Policy.model_validate(
 )
 
 
-def test_a_fit_that_was_broken_off_goes_on_and_gives_the_same_adapter(tmp_path):
-    base = tiny_model(tmp_path / "base", seed=1)
+@pytest.fixture
+def fit(tmp_path):
+    """A fit of 12 steps, in 3 passes."""
     labels = [
         LabelledResponse((Message("user", f"{i}?"),), f"{word} {i}", word == "foo")
         for i in range(8)
         for word in ("foo", "fine")
     ]
-    parts = Parts(str(tmp_path / "parts"))
-    kept = Checkpoints(partial(parts.keep, "fit"), partial(parts.restore, "fit"), every_s=0)
-    fit = partial(
+    return partial(
         fit_judge_adapter,
-        str(base),
+        str(tiny_model(tmp_path / "base", seed=1)),
         POLICY,
         labels,
         JudgeFitConfig(epochs=3, batch_size=4),
         by_clause=False,
         use_cpu=True,
     )
+
+
+@pytest.fixture
+def kept(tmp_path):
+    parts = Parts(str(tmp_path / "parts"))
+    return Checkpoints(partial(parts.keep, "fit"), partial(parts.restore, "fit"), every_s=0)
+
+
+def test_a_fit_that_was_broken_off_goes_on_and_gives_the_same_adapter(tmp_path, fit, kept):
     fit(out=tmp_path / "undisturbed", on_step=lambda *_: None)
 
     def kill(step, _):
@@ -51,3 +59,20 @@ def test_a_fit_that_was_broken_off_goes_on_and_gives_the_same_adapter(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+@pytest.mark.parametrize("damage", ["archive", "weights"])
+def test_a_damaged_checkpoint_is_left_aside_with_a_warning(tmp_path, fit, kept, damage, caplog):
+    fit(out=tmp_path / "first", on_step=lambda *_: None, checkpoints=kept)
+    if damage == "archive":
+        archive = tmp_path / "parts" / "fit.tar"
+        archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    else:
+        kept.restore(tmp_path / "checkpoint")
+        (tmp_path / "checkpoint" / "adapter_model.safetensors").write_bytes(b"half")
+        kept.keep(tmp_path / "checkpoint")
+    steps = []
+    fit(out=tmp_path / "second", on_step=lambda *at: steps.append(at), checkpoints=kept)
+    assert steps == [(step, 12) for step in range(1, 13)]
+    assert "anew" in caplog.text
+    assert adapter_sha256(tmp_path / "second") == adapter_sha256(tmp_path / "first")

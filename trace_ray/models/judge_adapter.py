@@ -6,6 +6,7 @@ All questions about one policy share a long prefix, so a batch of them is traine
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import time
@@ -21,6 +22,7 @@ from trace_ray.core.judge_prompt import NO, YES, labelled_questions
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ModelError
 from trace_ray.models.chat import encode_prompt
+from trace_ray.models.checkpoints import unreadable
 from trace_ray.models.collate import BucketSampler
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.packing import Trie, build_trie
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         TrainingArguments,
     )
 
+_log = logging.getLogger(__name__)
 WORK = "work"  # the trainer's own folder, gone when the adapter is there
 
 
@@ -155,6 +158,10 @@ def fit_judge_adapter(
     if checkpoints is not None:
         trainer.add_callback(_keeper(checkpoints))
         found = checkpoints.restore(last)
+        if found and (damage := unreadable(last)):
+            _log.warning("the judge's last checkpoint %s; its fit begins anew", damage)
+            shutil.rmtree(last)
+            found = False
     trainer.train(resume_from_checkpoint=str(last) if found else None)
     shutil.rmtree(out / WORK, ignore_errors=True)
     save_adapter(model, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 
 from trace_ray.data.shards import drafted
 from trace_ray.runtime.bucket import Bucket
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,13 @@ class Parts:
             return work()
         path = Path(self.folder, f"{name}.json")
         text = self._read(path)
-        if text is None:
-            text = json.dumps(work()).encode()
-            self._write(path, text)
+        if text is not None:
+            try:
+                return json.loads(text)
+            except ValueError as error:
+                self._warn(path, error)
+        text = json.dumps(work()).encode()
+        self._write(path, text)
         return json.loads(text)
 
     def keep(self, name: str, folder: Path) -> None:
@@ -60,16 +67,22 @@ class Parts:
         """Write the folder kept as part ``name`` as ``folder``.
 
         Returns:
-            False where none was kept.
+            False where none was kept, or what was can't be unpacked (a warning says so).
 
         Raises:
             StateError: the bucket can't be reached.
         """
-        packed = self._read(Path(self.folder, f"{name}.tar")) if self.folder else None
+        path = Path(self.folder, f"{name}.tar")
+        packed = self._read(path) if self.folder else None
         if packed is None:
             return False
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(folder, filter="data")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+                archive.extractall(folder, filter="data")
+        except tarfile.TarError as error:
+            self._warn(path, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
         return True
 
     def remove(self) -> None:
@@ -78,6 +91,9 @@ class Parts:
             self.bucket.remove(self.folder)
         elif self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _warn(self, path: Path, damage: Exception) -> None:
+        _log.warning("%s is damaged (%s): its work is done anew", path, damage)
 
     def _read(self, path: Path) -> bytes | None:
         if self.bucket is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trace_ray.config import Resources, TrainingConfig
 from trace_ray.data.sources import pair_schema
 from trace_ray.errors import TraceRayError, TrainError
-from trace_ray.models.adapters import WEIGHTS
+from trace_ray.models.checkpoints import unreadable
 from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import Store, stream_rows, write_json
@@ -251,29 +249,6 @@ def _train_to_the_end(trainer: RealignTrainer, work: Path, reporter: Reporter | 
     # Of the checkpoints there, the one of the highest step would count as the newest.
     shutil.rmtree(work, ignore_errors=True)
     trainer.train()
-
-
-def unreadable(checkpoint: Path) -> str:
-    """Say what is wrong with a checkpoint of transformers; empty where every file can be read."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in (WEIGHTS, "trainer_state.json"):
-        if not (checkpoint / name).is_file():
-            return f"has no {name}"
-    for path in sorted(checkpoint.rglob("*")):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="numpy"):
-                    pass
-            elif path.suffix in (".pt", ".pth", ".bin"):
-                with zipfile.ZipFile(path) as file:
-                    if broken := file.testzip():
-                        return f"{path.name} can't be read ({broken} is damaged)"
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-        except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
-            return f"{path.name} can't be read ({error})"
-    return ""
 
 
 def _save_outcome(job: TrainJob, trainer: RealignTrainer, probes: list[Probe]) -> None:
