@@ -80,7 +80,7 @@ def config_of(folder: Path, seed: int, model: str, epochs: float, threads: int) 
     return str(path)
 
 
-def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 2, threads: int = 2) -> None:
+def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 4, threads: int = 2) -> None:
     """Distil once a round and print what ``judge distil`` says of it."""
     rows = labelled(all_pairs())
     with tempfile.TemporaryDirectory() as name, connected():
@@ -101,7 +101,7 @@ def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 2, thread
             ).card
             for seed in range(rounds)
         ]
-    refusals = sum(row.violates for row in rows)
+    declining = sum(row.violates for row in rows)
     each = [
         {
             "measure": f"auc of round {seed}",
@@ -112,7 +112,7 @@ def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 2, thread
     ]
     mean = {"value": statistics.mean(card.auc or 0.0 for card in cards), "target": ">= 0.90"}
     kappa = statistics.mean(card.kappa or 0.0 for card in cards)
-    settings = {"model": model, "labels": len(rows), "refusals": refusals, "epochs": epochs}
+    settings = {"model": model, "labels": len(rows), "declining": declining, "epochs": epochs}
     totals = [{"measure": "auc, mean", **mean}, {"measure": "kappa, mean", "value": kappa}]
     report("distil", settings, [*each, *totals])
 

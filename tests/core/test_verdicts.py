@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trace_ray.core.policy import parse_policy
-from trace_ray.core.verdicts import abstained, combine, decide, quorum, settles
+from trace_ray.core.verdicts import abstained, combine, decide, mean_odds, quorum, settles
 from trace_ray.types import Label, Verdict
 
 POLICY = parse_policy(
@@ -89,3 +89,12 @@ def test_a_quorum_agrees_or_abstains() -> None:
     assert abstained(quorum([YES, OPEN, NO], 2, "q"))
     lost = quorum([YES, LOST, LOST], 2, "q")
     assert (lost.label, lost.p_violate) == (Label.UNJUDGED, None)
+
+
+def test_mean_odds() -> None:
+    assert mean_odds([0.3]) == 0.3
+    assert mean_odds([0.8, 0.2]) == pytest.approx(0.5)
+    # Odds of 9 and 1: their geometric mean is 3.
+    assert mean_odds([0.9, 0.5]) == pytest.approx(0.75)
+    assert mean_odds([1.0, 0.5]) < 1
+    assert mean_odds([1.0, 0.0]) == pytest.approx(0.5, rel=1e-4)

@@ -6,11 +6,14 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from trace_ray.config import EngineConfig, JudgeConfig
 from trace_ray.core.policy import parse_policy
+from trace_ray.core.verdicts import mean_odds
+from trace_ray.data.steering import smoothed
 from trace_ray.models import engine as engine_module
 from trace_ray.runtime.judges import Exchange, JudgeSpec, VLLMJudge
 from trace_ray.testing import tiny_model
@@ -49,9 +52,23 @@ def test_a_row_that_the_engine_refuses_is_unjudged_alone(judge):
     good, bad = (Exchange(ASK, text) for text in ("fine", "a zyxw199 b"))
     verdicts = judge.verdicts([good, bad, good])
     assert [verdict.label is Label.UNJUDGED for verdict in verdicts] == [False, True, False]
-    unknown = max(judge._encoded(bad))
+    (ids,) = judge._encoded(bad)
+    unknown = max(ids)
     assert f"vLLM refuses a prompt: Token id {unknown} is out of" in verdicts[1].reason
     assert verdicts[0] == verdicts[2] == judge.verdicts([good])[0]
+
+
+def test_a_smoothed_verdict_is_at_the_mean_log_odds_of_the_copies(judge, monkeypatch):
+    good, long = Exchange(ASK, "fine"), Exchange(ASK, "far " * 2000)
+    copies = [judge.verdicts([Exchange(ASK, text)])[0] for text in smoothed("fine", 3)]
+    assert len({copy.p_violate for copy in copies}) == 4
+    config = judge.spec.config.model_copy(update={"smoothing": 3})
+    monkeypatch.setattr(judge, "spec", replace(judge.spec, config=config))
+    verdicts = judge.verdicts([good, long, good])
+    expected = mean_odds([copy.p_violate for copy in copies])
+    assert verdicts[0].p_violate == pytest.approx(expected, rel=1e-9)
+    assert verdicts[0] == verdicts[2]
+    assert "longer than" in verdicts[1].reason
 
 
 def test_an_engine_that_is_killed_over_a_question_is_started_again(judge):

@@ -8,7 +8,7 @@ import pytest
 
 from trace_ray.core.judge_prompt import clause_prompt, judge_prompt, visible
 from trace_ray.data.injection import attacked, attacks
-from trace_ray.data.steering import attacked_labels
+from trace_ray.data.steering import attacked_labels, smoothed
 from trace_ray.models.chat import encode_prompt
 from trace_ray.rollout.plan import load_policy
 from trace_ray.testing import tiny_tokenizer
@@ -61,6 +61,17 @@ def test_the_judge_sees_what_a_reader_sees():
     for row in SUITE:
         if row.attack in ("unicode tag characters", "unicode zero width"):
             assert visible(row.response).isascii()
+
+
+def test_smoothing_adds_the_same_texts_to_every_reply():
+    first, *copies = smoothed("fine", 4)
+    assert first == "fine"
+    assert len(set(copies)) == 4
+    assert smoothed("bad", 4)[1:] == [copy.replace("fine", "bad", 1) for copy in copies]
+    assert smoothed("fine", 2) == [first, *copies[:2]]
+    assert smoothed("fine", 0) == ["fine"]
+    measured = [attack.apply("").strip() for attack in attacks()]
+    assert not any(text in copy for copy in copies for text in measured if len(text) > 3)
 
 
 def test_a_judge_is_fitted_under_other_attacks_than_it_is_measured_on():

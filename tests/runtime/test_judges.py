@@ -249,6 +249,7 @@ def test_a_quorum_takes_what_most_say():
         ({"kind": "openai"}, "needs 'model'"),
         ({"kind": "cascade", "judges": [{"kind": "rules"}]}, "at least two"),
         ({"kind": "rules", "script": []}, "belongs to kind scripted"),
+        ({"kind": "rules", "smoothing": 2}, "belongs to kind vllm"),
         ({"kind": "rules", "abstain": {"p_low": 0.6, "p_high": 0.4}}, "must be below"),
         ({"kind": "rules", "actors": {"min": 3, "max": 2}}, "more than max"),
         ({"kind": "quorum", "judges": [{"kind": "rules"}] * 2, "agree": 3}, "more than the 2"),

@@ -9,6 +9,7 @@ import pytest
 from trace_ray.config.judge import JudgeConfig
 from trace_ray.config.serve import ComplianceSettings
 from trace_ray.core.policy import Policy
+from trace_ray.core.verdicts import mean_odds
 from trace_ray.errors import ConfigError
 from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.serve.config import ComplianceTable, RemoteJudge, ServedJudge
@@ -60,6 +61,21 @@ def _strong(p, **more):
 def test_judges_are_asked_until_one_is_sure(answer, escalation, label, judge):
     judged = asyncio.run(_police(escalation, answer=answer).judge((Message("user", "hi"),), "yo"))
     assert (judged.verdict.label, judged.verdict.judge_id, judged.failure) == (label, judge, "")
+
+
+@pytest.mark.parametrize("granularity", ["policy", "clause"])
+def test_a_smoothed_judge_decides_by_the_mean_log_odds_of_its_copies(granularity):
+    asked = []
+
+    async def ask(judge, questions):
+        asked.extend(questions)
+        return [0.9 if 'yo"' in question[-1].content else 0.4 for question in questions]
+
+    judge = ServedJudge(id="small", base="b", smoothing=2, granularity=granularity)
+    table = ComplianceTable(settings=ComplianceSettings(), policy=KIND, judge=judge, escalation=[])
+    judged = asyncio.run(Police(table, ask).judge((Message("user", "hi"),), "yo"))
+    assert len(set(asked)) == 3
+    assert judged.verdict.p_violate == pytest.approx(mean_odds([0.9, 0.4, 0.4]))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ class JudgeConfig(Section):
     tiers: dict[TierName, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """By clause: how many violated clauses of a tier make a reply violate; left out = 1, 0 = any
     number is recorded only."""
+    smoothing: int = Field(default=0, ge=0, le=16)
+    """A reply is judged so many times more, each with another text added that tries to steer the judge,
+    and the log-odds are averaged: what a stranger adds to it then hardly matters."""
     judge_both: bool = False
     """Judge ``rejected`` even where ``chosen`` complies (never needed for the triage)."""
     batch_size: int = Field(default=256, ge=1)
@@ -174,6 +177,7 @@ class JudgeConfig(Section):
 
 
 _KINDS_OF_KEY: dict[str, tuple[str, ...]] = {
+    "smoothing": ("vllm",),
     "openai": ("openai",),
     "judges": ("cascade", "quorum"),
     "agree": ("quorum",),

@@ -7,12 +7,14 @@ import re
 _OPENING_CHARS = 200
 """A refusal says so at the start; further on, the words are about something else."""
 _NOT = (
-    r"(?: can't| cannot| can not| won't| will not|'m not able to| am not able to|'m unable to|"
-    r" am unable to)"
+    r"(?: can't| cannot| can not| won't| will not|"
+    r"(?:'m| am)(?: \w+ly)? (?:not (?:able|going|willing) to|unable to|not comfortable))"
 )
 _DO = (
-    r"(?:help|assist|do|provide|answer|discuss|comply|fulfil|fulfill|agree|go along|continue|"
-    r"share|give|offer|support)"
+    r"(?:help|assist|do|provid(?:e|ing)|answer|discuss|comply|fulfill?|agree|go along|continue|"
+    r"shar(?:e|ing)|give|giving|offer|support|advise|create|creating|describe|engage|explain|"
+    r"generat(?:e|ing)|participate|produce|promote|recommend|respond|show|teach|tell you|with|"
+    r"writ(?:e|ing))"
 )
 _REFUSAL = re.compile(
     rf"\bI{_NOT} (?:\w+ )?{_DO}\b|\bI{_NOT}[.!]|"

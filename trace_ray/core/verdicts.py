@@ -7,6 +7,7 @@ weight of the tiers asks no judge again.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,15 @@ ABSTAINS = "abstains"
 def abstained(verdict: Verdict | None) -> bool:
     """Return whether the judge gave a probability and left the decision to a person."""
     return verdict is not None and verdict.label is Label.UNJUDGED and verdict.p_violate is not None
+
+
+def mean_odds(ps: Sequence[float]) -> float:
+    """Return the probability at the mean log-odds of ``ps``, each kept 1e-12 away from 0 and 1."""
+    if len(ps) == 1:
+        return ps[0]
+    inner = [min(max(p, 1e-12), 1 - 1e-12) for p in ps]
+    mean = math.fsum(math.log(p / (1 - p)) for p in inner) / len(inner)
+    return 1 / (1 + math.exp(-mean))
 
 
 def decide(verdict: Verdict, threshold: float, band: tuple[float, float] | None) -> Verdict:

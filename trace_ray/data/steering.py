@@ -1,4 +1,4 @@
-"""Text that tries to steer a judge, for fitting one: from a grammar, in other wordings than the suite's.
+"""Text that tries to steer a judge, to fit or steady one: a grammar, in other wordings than the suite's.
 
 A judge that learns a few dozen fixed sentences learns those sentences. Here openers, reasons, orders and
 forged verdicts are put together from parts, marks (the way formats and chat templates open and close
@@ -207,6 +207,16 @@ def _mark(rng: random.Random) -> str:
         )
         found += left + word + right
     return found
+
+
+def smoothed(response: str, copies: int) -> list[str]:
+    """Return ``response``, and so many copies of it with another steering text after each.
+
+    The texts are always the same: a verdict that is averaged over the copies depends on the reply alone.
+    The idea is SmoothLLM's (Robey et al., arXiv 2310.03684), whose copies have characters changed.
+    """
+    rng = random.Random("smoothing")
+    return [response, *(f"{response} {steering_text(rng)}" for _ in range(copies))]
 
 
 def attacked_labels(

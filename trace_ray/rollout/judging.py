@@ -32,7 +32,7 @@ from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
 from trace_ray.types import LabelledResponse, Verdict, content_digest
 
 _REGISTERED = "models:/"
-_ASKS = ("engine", "fit", "openai", "script")
+_ASKS = ("engine", "fit", "smoothing", "openai", "script")
 """Settings of a judge that can change what it answers."""
 
 
@@ -196,7 +196,8 @@ def _prepared_vllm(
 
 def distilled_as(config: JudgeConfig) -> str:
     """Return the ``objective`` that a judge adapter is registered under."""
-    return f"judge by {config.granularity}"
+    smoothed = f", smoothed {config.smoothing} times" if config.smoothing else ""
+    return f"judge by {config.granularity}{smoothed}"
 
 
 def _registered(
@@ -222,7 +223,8 @@ def _fixed(adapter_dir: str | None, config: JudgeConfig, model_digest: str) -> s
     from trace_ray.models.adapters import adapter_sha256
 
     adapter = adapter_sha256(Path(adapter_dir)) if adapter_dir else ""
-    return content_digest([model_digest, adapter, config.engine.dtype, FORM])
+    smoothing = [config.smoothing] if config.smoothing else []
+    return content_digest([model_digest, adapter, config.engine.dtype, FORM, *smoothing])
 
 
 def _stage_key(

@@ -188,6 +188,7 @@ def _question_tokens(spec: JudgeSpec, rows: list[TriagedPair], counts: JudgeCoun
         judge_question(spec.policy, Exchange(row.pair.prompt, row.pair.chosen))
         for row in rows[:MEASURED]
     ]
-    return statistics.fmean(
+    mean = statistics.fmean(
         len(encode_prompt(tokenizer, question, shared_system=True)) for question in asked
     )
+    return mean * (1 + spec.config.smoothing)

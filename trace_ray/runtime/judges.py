@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import Policy
 from trace_ray.core.verdicts import decide, quorum, settles
+from trace_ray.data.steering import smoothed
 from trace_ray.errors import ModelError
 from trace_ray.runtime.needs import NOTHING, Needs
 from trace_ray.types import Label, Prompt, Verdict
@@ -177,32 +178,33 @@ class VLLMJudge:
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge a batch with one engine call; what the engine can't take is unjudged, with the reason."""
-        found: list[Verdict | None] = [None] * len(exchanges)
-        fits: list[tuple[int, list[int]]] = []
-        for i, exchange in enumerate(exchanges):
-            ids = self._encoded(Exchange(*exchange))
-            if isinstance(ids, Verdict):
-                found[i] = ids
-            else:
-                fits.append((i, ids))
-        self.usage.engine_tokens += sum(len(ids) for _, ids in fits)
-        answers = self._answers([ids for _, ids in fits])
-        for (i, _), answer in zip(fits, answers, strict=True):
-            found[i] = self._verdict(Exchange(*exchanges[i]), answer)
-        return [verdict for verdict in found if verdict is not None]
+        asked = [self._encoded(Exchange(*exchange)) for exchange in exchanges]
+        fits = [ids for copies in asked if not isinstance(copies, Verdict) for ids in copies]
+        self.usage.engine_tokens += sum(map(len, fits))
+        answers = iter(self._answers(fits))
+        return [
+            copies
+            if isinstance(copies, Verdict)
+            else self._verdict(Exchange(*exchange), [next(answers) for _ in copies])
+            for exchange, copies in zip(exchanges, asked, strict=True)
+        ]
 
-    def _encoded(self, exchange: Exchange) -> list[int] | Verdict:
+    def _encoded(self, exchange: Exchange) -> list[list[int]] | Verdict:
+        """Return the token ids of the question, and of each smoothing copy of it."""
         from trace_ray.models.chat import encode_prompt
 
-        try:
-            asked = judge_question(self.spec.policy, exchange)
-            ids = encode_prompt(self.tokenizer, asked, shared_system=True)
-        except ModelError as error:
-            return Verdict.unjudged(self.spec.judge_id, str(error))
-        if 0 < len(ids) < self.max_tokens:
-            return ids
-        reason = f"longer than the judge's {self.max_tokens} tokens" if ids else "an empty question"
-        return Verdict.unjudged(self.spec.judge_id, reason)
+        found: list[list[int]] = []
+        for text in smoothed(exchange.response, self.spec.config.smoothing):
+            try:
+                asked = judge_question(self.spec.policy, exchange._replace(response=text))
+                ids = encode_prompt(self.tokenizer, asked, shared_system=True)
+            except ModelError as error:
+                return Verdict.unjudged(self.spec.judge_id, str(error))
+            if not 0 < len(ids) < self.max_tokens:
+                long = f"longer than the judge's {self.max_tokens} tokens"
+                return Verdict.unjudged(self.spec.judge_id, long if ids else "an empty question")
+            found.append(ids)
+        return found
 
     def _answers(self, ids: list[list[int]]) -> list[tuple[float, float] | str]:
         """Return (log p(Yes), log p(No)) per question, or why the engine refused it."""
@@ -216,10 +218,13 @@ class VLLMJudge:
             # One question spoils the batch: ask them one by one, and only that one goes unjudged.
             return [answer for one in ids for answer in self._answers([one])]
 
-    def _verdict(self, exchange: Exchange, answer: tuple[float, float] | str) -> Verdict:
-        if isinstance(answer, str):
-            return Verdict.unjudged(self.spec.judge_id, answer)
-        yes, no = answer
+    def _verdict(self, exchange: Exchange, answers: list[tuple[float, float] | str]) -> Verdict:
+        """Return the verdict at the mean log-odds of the copies."""
+        logps = [answer for answer in answers if not isinstance(answer, str)]
+        if len(logps) < len(answers):
+            refused = next(answer for answer in answers if isinstance(answer, str))
+            return Verdict.unjudged(self.spec.judge_id, refused)
+        yes, no = (math.fsum(column) / len(logps) for column in zip(*logps, strict=True))
         p = 1 / (1 + math.exp(min(no - yes, 700.0)))
         raw = f"log p(Yes) {yes:.6f}, log p(No) {no:.6f}"
         if math.isnan(p):

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from trace_ray.core.judge_prompt import clause_prompt, judge_prompt
 from trace_ray.core.policy import Policy
-from trace_ray.core.verdicts import combine, decide
+from trace_ray.core.verdicts import combine, decide, mean_odds
+from trace_ray.data.steering import smoothed
 from trace_ray.runtime.judges import Exchange, JudgeSpec
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.serve.config import ComplianceTable, RemoteJudge, ServedJudge
@@ -51,22 +52,26 @@ class EngineMember:
     async def verdict(self, prompt: Prompt, reply: str) -> Verdict:
         """Put one question, or one per clause that applies, to the engine."""
         judge, policy = self._judge, self._policy
+        copies = smoothed(reply, judge.smoothing)
         if judge.granularity == "policy":
-            answers = await self._ask(judge, [judge_prompt(policy, prompt, reply)])
-            return self._decided(answers[0], None)
+            questions = [judge_prompt(policy, prompt, text) for text in copies]
+            return self._decided(await self._ask(judge, questions), None)
         clauses = policy.rules.applicable(prompt, reply)
-        questions = [clause_prompt(policy, clause, prompt, reply) for clause in clauses]
-        answers = await self._ask(judge, questions) if questions else []
+        questions = [clause_prompt(policy, c, prompt, text) for c in clauses for text in copies]
+        answers = iter(await self._ask(judge, questions) if questions else [])
         verdicts = {
-            clause.id: self._decided(answer, clause.id)
-            for clause, answer in zip(clauses, answers, strict=True)
+            clause.id: self._decided([next(answers) for _ in copies], clause.id)
+            for clause in clauses
         }
         return combine(policy, verdicts, judge.tiers, judge.id)
 
-    def _decided(self, answer: float | str, clause: str | None) -> Verdict:
-        if isinstance(answer, str):
-            return Verdict.unjudged(self.id, answer)
-        verdict = Verdict(Label.COMPLIES, answer, self.id, clause=clause)
+    def _decided(self, answers: list[float | str], clause: str | None) -> Verdict:
+        """Return the verdict at the mean log-odds of a question's copies."""
+        for answer in answers:
+            if isinstance(answer, str):
+                return Verdict.unjudged(self.id, answer)
+        p = mean_odds([answer for answer in answers if not isinstance(answer, str)])
+        verdict = Verdict(Label.COMPLIES, p, self.id, clause=clause)
         return decide(verdict, self._judge.threshold, self._judge.band)
 
 

@@ -56,6 +56,8 @@ class ServedJudge(Section):
     waits for a person."""
     granularity: Literal["policy", "clause"] = "policy"
     """As it was fitted: one question a reply, or one per clause that applies."""
+    smoothing: int = Field(default=0, ge=0, le=16)
+    """As it was fitted: ``judge.smoothing`` of a fleet config."""
     tiers: dict[TierName, int] = Field(default_factory=dict)
     """By clause: as ``judge.tiers`` of a fleet config."""
 

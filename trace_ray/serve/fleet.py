@@ -142,6 +142,7 @@ def _served_judge(spec: JudgeSpec) -> ServedJudge:
         threshold=spec.threshold,
         band=spec.band,
         granularity=spec.config.granularity,
+        smoothing=spec.config.smoothing,
         tiers=spec.config.tiers,
     )
 
