@@ -58,13 +58,13 @@ def _label_row(row: LabelledResponse) -> dict[str, Any]:
     return row.to_row() | {"verdict": str(Label.VIOLATES if row.violates else Label.COMPLIES)}
 
 
-def config_of(folder: Path, seed: int, model: str, epochs: float, threads: int) -> str:
+def config_of(folder: Path, seed: int, model: str, threads: int) -> str:
     """Write the config of one round; return its path."""
     judge: dict[str, Any] = {
         "kind": "vllm",
         "model": model,
         "min_auc": 0,
-        "fit": {"epochs": epochs, "seed": seed},
+        "fit": {"seed": seed},
         "engine": {"block_size": 32},
         "resources": {"threads": threads},
     }
@@ -80,7 +80,7 @@ def config_of(folder: Path, seed: int, model: str, epochs: float, threads: int) 
     return str(path)
 
 
-def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 4, threads: int = 2) -> None:
+def main(model: str = "demo:smollm2", rounds: int = 3, threads: int = 2) -> None:
     """Distil once a round and print what ``judge distil`` says of it."""
     rows = labelled(all_pairs())
     with tempfile.TemporaryDirectory() as name, connected():
@@ -92,7 +92,7 @@ def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 4, thread
         (folder / "pairs.jsonl").write_text("")
         cards = [
             distil(
-                config_of(folder, seed, model, epochs, threads),
+                config_of(folder, seed, model, threads),
                 labels,
                 None,
                 name="judge",
@@ -112,7 +112,7 @@ def main(model: str = "demo:smollm2", rounds: int = 3, epochs: float = 4, thread
     ]
     mean = {"value": statistics.mean(card.auc or 0.0 for card in cards), "target": ">= 0.90"}
     kappa = statistics.mean(card.kappa or 0.0 for card in cards)
-    settings = {"model": model, "labels": len(rows), "declining": declining, "epochs": epochs}
+    settings = {"model": model, "labels": len(rows), "declining": declining}
     totals = [{"measure": "auc, mean", **mean}, {"measure": "kappa, mean", "value": kappa}]
     report("distil", settings, [*each, *totals])
 
