@@ -66,7 +66,7 @@ class JudgeFitConfig(Section):
     r: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0)
     epochs: float = Field(default=4, gt=0)
-    """Passes over the labels; of a few hundred two are too few (``benchmarks.distil``)."""
+    """Passes over the labels; of a few hundred, two teach too little."""
     batch_size: int = Field(default=8, ge=1)
     adversarial: float = Field(default=0, ge=0, le=20)
     """How many times the labels are learnt once more, each time with other text added that tries to
