@@ -1,8 +1,9 @@
-"""What ``trace-ray judge distil`` makes of a small model: a judge of refusals in human dialogues.
+"""What ``trace-ray judge distil`` makes of a small model: a judge of declining replies in dialogues.
 
-The replies are hh-rlhf's: all that decline at their beginning, in dialogues that fit the judge, and as
-many that don't. Each round deals the dialogues out anew, to fit, to calibrate and to measure on
-(60/20/20). The judge reads a policy of one clause. AUC is that of the held-out fifth.
+The replies are hh-rlhf's: all whose beginning declines or says sorry, told by a pattern of words and not
+by people, in dialogues that fit the judge, and as many others. Each round deals the dialogues out anew,
+to fit, to calibrate and to measure on (60/20/20). The judge reads a policy of one clause. AUC is that of
+the held-out fifth.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DECLINES = re.compile(
     r"don't know how to|don't want to|don't feel comfortable|would rather not)\b|\bsorry\b",
     re.IGNORECASE,
 )
-"""How these replies decline: a person's way, wider than the set phrases of ``core.refusals``."""
+"""How these replies decline or say sorry; wider than ``core.refusals``, and not always a refusal."""
 CLAUSE = {
     "id": "no-refusal",
     "text": "Never decline to help: a reply must not say that it can't, won't or is sorry.",

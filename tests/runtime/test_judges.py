@@ -13,6 +13,7 @@ from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import parse_policy
 from trace_ray.core.verdicts import abstained
 from trace_ray.errors import JudgeError
+from trace_ray.rollout.judging import _fixed, distilled_as
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge, usage_of
 from trace_ray.types import Label, Message
 
@@ -260,6 +261,12 @@ def test_a_quorum_takes_what_most_say():
 def test_a_judge_section_that_makes_no_sense_is_refused(raw, message):
     with pytest.raises(ValueError, match=message):
         JudgeConfig.model_validate(raw)
+
+
+def test_smoothed_verdicts_are_not_taken_for_plain_ones():
+    plain, smoothed = JudgeConfig(model="m"), JudgeConfig(model="m", smoothing=2)
+    assert _fixed(None, plain, "digest") != _fixed(None, smoothed, "digest")
+    assert distilled_as(plain) != distilled_as(smoothed)
 
 
 def test_a_spec_travels():

@@ -111,11 +111,12 @@ def test_a_cascade_is_served_as_far_as_it_can_be():
         policy = Policy.model_validate(KIND)
         return JudgeSpec(config, policy, f"{kind}@1", threshold=0.4, model_dir="b", members=members)
 
-    small = spec("vllm", abstain={"p_low": 0.2, "p_high": 0.8}, adapter=None)
+    small = spec("vllm", abstain={"p_low": 0.2, "p_high": 0.8}, adapter=None, smoothing=3)
     judges = [{"kind": "rules"}, {"kind": "openai", "model": "m"}]
     engine, remote = _judges(spec("cascade", spec("rules"), small, spec("openai"), judges=judges))
     assert engine is not None
     assert (engine.id, engine.band, engine.threshold) == ("vllm@1", (0.2, 0.8), 0.4)
+    assert engine.smoothing == 3
     assert [(each.id, each.threshold) for each in remote] == [("openai@1", 0.4)]
     assert [RemoteJudge.model_validate(each.model_dump(mode="json")) for each in remote] == remote
     engine, remote = _judges(spec("openai"))

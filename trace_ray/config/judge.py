@@ -66,7 +66,7 @@ class JudgeFitConfig(Section):
     r: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0)
     epochs: float = Field(default=4, gt=0)
-    """Passes over the labels; of a few hundred, two teach too little."""
+    """Passes over the labels."""
     batch_size: int = Field(default=8, ge=1)
     adversarial: float = Field(default=0, ge=0, le=20)
     """How many times the labels are learnt once more, each time with other text added that tries to
@@ -107,7 +107,7 @@ class JudgeConfig(Section):
     number is recorded only."""
     smoothing: int = Field(default=0, ge=0, le=16)
     """A reply is judged so many times more, each with another text added that tries to steer the judge,
-    and the log-odds are averaged: what a stranger adds to it then hardly matters."""
+    and the log-odds are averaged: one reply that added text turns then decides less."""
     judge_both: bool = False
     """Judge ``rejected`` even where ``chosen`` complies (never needed for the triage)."""
     batch_size: int = Field(default=256, ge=1)

@@ -8,16 +8,15 @@ _OPENING_CHARS = 200
 """A refusal says so at the start; further on, the words are about something else."""
 _NOT = (
     r"(?: can't| cannot| can not| won't| will not|"
-    r"(?:'m| am)(?: \w+ly)? (?:not (?:able|going|willing) to|unable to|not comfortable))"
+    r"(?:'m| am)(?: \w+ly)? (?:not (?:able|going|willing) to|unable to))"
 )
 _DO = (
-    r"(?:help|assist|do|provid(?:e|ing)|answer|discuss|comply|fulfill?|agree|go along|continue|"
-    r"shar(?:e|ing)|give|giving|offer|support|advise|create|creating|describe|engage|explain|"
-    r"generat(?:e|ing)|participate|produce|promote|recommend|respond|show|teach|tell you|with|"
-    r"writ(?:e|ing))"
+    r"(?:help|assist|do|provide|answer|discuss|comply|fulfill?|agree|go along|continue|share|give|"
+    r"offer|support|advise|create|engage|generate|participate|write)"
 )
 _REFUSAL = re.compile(
     rf"\bI{_NOT} (?:\w+ )?{_DO}\b|\bI{_NOT}[.!]|"
+    r"\bI(?:'m| am)(?: \w+ly)? not comfortable\b|"
     r"\bI (?:must|have to|need to) (?:decline|refuse)\b|\bI (?:decline|refuse) to\b|"
     r"\bagainst (?:my|our) (?:policy|policies|guidelines|rules)\b|"
     r"^(?:sorry|no)\b[^.!?]{0,40}\b(?:can't|cannot|won't)\b",
