@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from ray.exceptions import ActorDiedError
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from trace_ray.serve.calls import FailsInForm
 from trace_ray.serve.config import Route
@@ -20,19 +22,30 @@ from trace_ray.serve.requests import RequestError
 
 ROUTE = Route(name="m", base="/base")
 DELTA = "data: {}\n\n"
+LOSSES = (
+    ActorDiedError(),
+    AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()),
+    asyncio.CancelledError(),
+)
+FAILURES = (
+    KeyError("a secret prompt"),
+    RayTaskError("judge", "a secret prompt", KeyError()),
+)
 
 
-class Parts:
-    """What a replica sends; None is where it dies."""
+class Sent:
+    """What a replica sends; an exception is what ends it."""
 
     def __init__(self, parts: list[Any]) -> None:
         self._parts = self._sent(parts)
-        self.cancelled = False
+        self.cancelled = self.waits = False
 
     async def _sent(self, parts: list[Any]) -> AsyncIterator[Any]:
+        if self.waits:
+            await asyncio.sleep(60)
         for part in parts:
-            if part is None:
-                raise ActorDiedError
+            if isinstance(part, BaseException):
+                raise part
             yield part
 
     def __aiter__(self) -> AsyncIterator[Any]:
@@ -49,39 +62,75 @@ class Base:
     """A base whose replicas answer one after the other."""
 
     def __init__(self, *answers: list[Any]) -> None:
-        self.left = [Parts(parts) for parts in answers]
+        self.left = [Sent(parts) for parts in answers]
         self.complete = self
 
     def options(self, stream: bool) -> Base:
         assert stream
         return self
 
-    def remote(self, *_: object) -> Parts:
+    def remote(self, *_: object) -> Sent:
         return self.left.pop(0)
 
     def engines(self) -> Engines:
         return Engines({"/base": self})  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("lost", [[None], [(200, False), None], [(200, True), None]])
-def test_what_is_lost_before_anything_went_out_is_sent_again(lost: list[Any]) -> None:
+@pytest.mark.parametrize("begun", [[], [(200, False)], [(200, True)]])
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_what_is_lost_before_anything_went_out_is_sent_again(
+    begun: list[Any], loss: BaseException
+) -> None:
+    lost = [*begun, loss]
     whole = Base(lost, [(200, False), "{}"])
-    begun = asyncio.run(whole.engines().begin("chat", {}, ROUTE))
-    assert (begun.status, begun.streams, begun.text) == (200, False, "{}")
-    with pytest.raises(RequestError) as found:
+    found = asyncio.run(whole.engines().begin("chat", {}, ROUTE))
+    assert (found.status, found.streams, found.text) == (200, False, "{}")
+    with pytest.raises(RequestError) as refused:
         asyncio.run(Base(lost, lost, lost).engines().begin("chat", {}, ROUTE))
-    assert (found.value.status, found.value.headers) == (503, {"retry-after": "5"})
+    assert (refused.value.status, refused.value.headers) == (503, {"retry-after": "5"})
 
 
-def test_a_stream_that_is_lost_later_ends_with_an_error_event() -> None:
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_what_an_engine_raises_is_not_sent_again(failure: Exception) -> None:
+    base = Base([failure], [(200, False), "{}"])
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(base.engines().begin("chat", {}, ROUTE))
+    assert (refused.value.status, len(base.left)) == (500, 1)
+    assert "secret" not in refused.value.message
+
+
+def test_a_client_that_goes_away_stops_the_engine() -> None:
+    sent = Sent([])
+
+    async def story() -> None:
+        base = Base([])
+        base.left = [sent]
+        sent.waits = True
+        call = asyncio.create_task(base.engines().begin("chat", {}, ROUTE))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(story())
+    assert sent.cancelled
+
+
+@pytest.mark.parametrize(
+    ("broken", "status"), [*((e, 503) for e in LOSSES), *((e, 500) for e in FAILURES)]
+)
+def test_a_stream_that_breaks_off_later_ends_with_an_error_event(
+    broken: BaseException, status: int
+) -> None:
     async def story() -> list[str]:
-        base = Base([(200, True), DELTA, DELTA, None])
+        base = Base([(200, True), DELTA, DELTA, broken])
         begun = await base.engines().begin("chat", {}, ROUTE)
         return [each async for each in events(begun, 1e9, lambda _: True)]
 
     *deltas, error, done = asyncio.run(story())
     assert deltas == [DELTA, DELTA]
-    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == status
+    assert "secret" not in error
     assert done == "data: [DONE]\n\n"
 
 

@@ -39,6 +39,8 @@ INGRESS_ENV = {
     # between threads costs milliseconds where engines keep the cores busy.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Straight to the engines, not through the object store: one of Ray's high-throughput options.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 
 

@@ -1,13 +1,18 @@
-"""The engines as the ingress sees them: sent to again where a replica dies, never a bare exception."""
+"""The engines as the ingress sees them: sent to again where a replica dies, never a bare exception.
+
+The ingress talks to them over gRPC (``app.INGRESS_ENV``), which raises what a replica raised as it is;
+through Ray's object store, the other way, it would be a ``RayTaskError``.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
+from grpc import RpcError
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -20,7 +25,60 @@ from trace_ray.types import Prompt
 
 ATTEMPTS = 3
 """Times a request is sent where a replica dies before any of the answer has gone out."""
-_LOST = (RayError, RayServeException)
+
+
+class EngineLost(Exception):
+    """A replica died or was stopped before its answer was whole."""
+
+
+class EngineFailed(Exception):
+    """A replica raised."""
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    """Turn what ends an answer early into ``EngineLost`` or ``EngineFailed``."""
+    try:
+        yield
+    except StopAsyncIteration:
+        raise
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise EngineLost from None  # a replica that stops cancels its own tasks, and says so
+    except RayTaskError:
+        raise EngineFailed from None
+    except (RayError, RayServeException, RpcError):
+        raise EngineLost from None
+    except Exception:
+        raise EngineFailed from None
+
+
+class Parts:
+    """What a replica sends, part by part."""
+
+    def __init__(self, sent: Any) -> None:
+        """Take Ray Serve's stream."""
+        self._sent = sent
+
+    def __aiter__(self) -> Parts:
+        """Return itself."""
+        return self
+
+    async def __anext__(self) -> Any:
+        """Return the next part.
+
+        Raises:
+            EngineLost: the replica died or was stopped.
+            EngineFailed: the replica raised.
+        """
+        with _told_apart():
+            return await anext(self._sent)
+
+    def cancel(self) -> None:
+        """Have the replica stop."""
+        self._sent.cancel()
 
 
 @asynccontextmanager
@@ -41,8 +99,8 @@ class Begun(NamedTuple):
     streams: bool
     text: str
     """The whole body; of a stream its first event."""
-    parts: Any
-    """What is still to come; can be cancelled."""
+    parts: Parts
+    """What is still to come."""
 
 
 class Engines:
@@ -83,10 +141,16 @@ class Engines:
             return await handle.schemas.remote(ref_template)
 
     async def judge(self, judge: ServedJudge, questions: list[Prompt]) -> list[float | str]:
-        """Put questions to a judge: p_violate of each, or why there is none."""
+        """Put questions to a judge: p_violate of each, or why there is none.
+
+        Raises:
+            EngineLost: the replica died or was stopped.
+            EngineFailed: the replica raised.
+        """
         rows = [[message.to_row() for message in question] for question in questions]
         adapter = None if judge.path is None else judge.id
-        return await self._handles[judge.base].judge.remote(adapter, rows)
+        with _told_apart():
+            return await self._handles[judge.base].judge.remote(adapter, rows)
 
     async def load(self, base: str, adapter: dict[str, str]) -> None:
         """Load an adapter into every engine of a base.
@@ -108,14 +172,14 @@ class Engines:
         """
         engine = self._handles[route.base].options(stream=True)
         for attempt in range(ATTEMPTS):
-            parts: Any = engine.complete.remote(kind, body, route.name, route.adapter)
+            parts = Parts(engine.complete.remote(kind, body, route.name, route.adapter))
             try:
                 status, streams = await anext(parts)
                 first = await anext(parts, "")
                 text = first if streams else "".join([first, *[part async for part in parts]])
-            except RayTaskError:
+            except EngineFailed:
                 raise RequestError(500, "the engine failed", None, "InternalServerError") from None
-            except _LOST:
+            except EngineLost:
                 await asyncio.sleep(0.2 * (attempt + 1))
             except asyncio.CancelledError:
                 parts.cancel()
@@ -147,7 +211,9 @@ async def events(
         return
     except TimeoutError:
         row = error_row(504, "the answer took too long", "TimeoutError")
-    except _LOST:
+    except EngineFailed:
+        row = error_row(500, "the engine failed", "InternalServerError")
+    except EngineLost:
         row = error_row(503, "the engine was lost; send the request again", "EngineLostError")
     parts.cancel()
     yield event_text(row)
