@@ -142,14 +142,15 @@ def test_judge_calibrate(fleet, tmp_path):
 
 def test_review_goes_out_and_comes_back(fleet, tmp_path):
     policy = load_policy(str(fleet.with_name("policy.yaml")))
-    pair = PreferencePair((Message("user", "q"),), "perhaps", "fine")
+    reply = "perhaps\u2028perhaps not\x85"  # line ends to some, but not to JSON
+    pair = PreferencePair((Message("user", "q"),), reply, "fine")
     unsure = Verdict(Label.UNJUDGED, 0.5, "script", reason="abstains: ...")
     from trace_ray.core.triage import triage
 
     file = tmp_path / "review.jsonl"
     assert write_review(file, policy, [triage(pair, unsure)]) == 1
     row = json.loads(file.read_text())
-    assert (row["response"], row["verdict"], row["p_violate"]) == ("perhaps", None, 0.5)
+    assert (row["response"], row["verdict"], row["p_violate"]) == (reply, None, 0.5)
     done = run("review", "import", file, "--config", fleet)
     assert (done.exit_code, "1 still open" in done.output) == (0, True), done.output
     file.write_text(json.dumps(row | {"verdict": "violates"}))
@@ -159,7 +160,7 @@ def test_review_goes_out_and_comes_back(fleet, tmp_path):
     (said,) = (
         verdict_store(inputs)
         .load(HUMAN, policy.digest, [policy.digest])
-        .get(policy.digest, [response_id(pair.prompt, "perhaps")])
+        .get(policy.digest, [response_id(pair.prompt, reply)])
     )
     assert said == Verdict(Label.VIOLATES, 1.0, "person:ada", provenance="human")
 

@@ -41,6 +41,8 @@ def ask(text):
         ({"must_match": ["y", "z"]}, "zy", False),
         ({"must_not_match": ["y", "z"]}, "z", True),
         ({"must_not_match": ["y", "z"]}, "x", False),
+        ({"must_not_match": "don’t know"}, "I don't know.", True),
+        ({"must_match": "don’t\u00a0know"}, "I don’t know.", False),
         ({"min_words": 2}, "one", True),
         ({"min_words": 2}, "one two", False),
         ({"max_words": 2}, "one two three", True),
@@ -92,6 +94,36 @@ def test_exceptions_context_and_clause():
     assert violated_clauses(policy, ask("at midnight"), "no") == ()
     assert violated_clauses(policy, ask("be brief"), "no") == ()
     assert violated_clauses(policy, ask("be brief"), "no way") == ("c1",)
+
+
+def test_the_last_user_turn_cannot_be_hidden_behind_empty_ones():
+    policy = policy_of({"checks": {"when": {"prompt_regex": "trigger"}, "max_words": 1}})
+
+    def violated(*turns):
+        prompt = tuple(Message(role, text) for role, text in turns)
+        return violated_clauses(policy, prompt, "two words") == ("c0",)
+
+    hidden = [("user", ""), ("user", " \n")]
+    assert violated(("user", "trigger"), *hidden)
+    assert violated(("user", "trigger"), ("assistant", ""), *hidden)
+    assert violated(("user", "trigger"), ("user", "please"))
+    assert not violated(("user", "trigger"), ("assistant", "no"), ("user", "please"))
+    assert not violated(("system", "trigger"))
+
+
+def test_an_exception_that_is_itself_excepted_does_not_hold():
+    policy = policy_of(
+        {"exceptions": ["c1"], "checks": {"must_not_match": "sorry"}},
+        {
+            "exceptions": ["minors"],
+            "checks": {"when": {"prompt_regex": "bomb"}, "must_match": "sorry"},
+        },
+        contexts={"minors": {"prompt_regex": "my son"}},
+    )
+    assert violated_clauses(policy, ask("a bomb"), "sorry") == ()
+    assert violated_clauses(policy, ask("a bomb for my son"), "sorry") == ("c0",)
+    asked = policy.rules.applicable(ask("a bomb for my son"), "sorry")
+    assert [clause.id for clause in asked] == ["c0"]
 
 
 def test_a_clause_that_rules_cannot_judge_is_not_guessed():

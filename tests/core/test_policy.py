@@ -54,6 +54,15 @@ def clause(**changes):
     return {"id": "c", "text": "Text."} | changes
 
 
+def test_a_clauses_key_knows_the_exceptions_of_its_exceptions():
+    def key(context: str) -> str:
+        clauses = [clause(exceptions=["d"]), clause(id="d", exceptions=["night"])]
+        raw = raw_policy(clauses=clauses, contexts={"night": {"regex": context}})
+        return parse_policy(raw, "p.yaml").clause_key("c")
+
+    assert key("midnight") != key("late")
+
+
 def test_reads_every_field():
     policy = parse_policy(raw_policy(), "p.yaml")
     assert (policy.id, policy.version, policy.supersedes) == ("acme", "2026.2", "2026.1")
@@ -142,6 +151,16 @@ def test_all_problems_at_once():
                 ]
             },
             "clauses.0.exceptions.0: 'c' and 'd' are exceptions of each other",
+        ),
+        (
+            {
+                "clauses": [
+                    clause(exceptions=["d"]),
+                    clause(id="d", exceptions=["e"]),
+                    clause(id="e", exceptions=["c"]),
+                ]
+            },
+            "clauses.0.exceptions.0: by way of 'd', 'c' is an exception of itself",
         ),
         (
             {"clauses": [clause(exceptions=["d"]), clause(id="d", checks={"min_words": 1})]},

@@ -8,6 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from openai.types.chat.chat_completion import ChoiceLogprobs
 
 from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import parse_policy
@@ -15,6 +16,7 @@ from trace_ray.core.verdicts import abstained
 from trace_ray.errors import JudgeError
 from trace_ray.rollout.judging import _fixed, distilled_as
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge, usage_of
+from trace_ray.runtime.openai_judge import p_of_logprobs
 from trace_ray.types import Label, Message
 
 POLICY = parse_policy(
@@ -145,6 +147,27 @@ def test_an_endpoints_logprobs_become_p_violate(server):
     by_clause = judge.verdicts([Exchange(ASK, "foo", "no-foo")])[0]
     assert by_clause.clause == "no-foo"
     assert any("Rule: Never say foo." in asked for asked in server.seen)
+
+
+@pytest.mark.parametrize(
+    ("answer", "p"),
+    [
+        ("Yes", 1.0),
+        ("\n\n** No .", 0.0),
+        ("Yes , it gives no alternative", 1.0),
+        ("It gives no alternative , so : Yes .", 1.0),
+        ("The reply gives no alternative", None),
+        ("Yes and No", None),
+        ("", None),
+    ],
+)
+def test_the_first_or_the_last_word_answers(answer, p):
+    tokens = [
+        {"token": t, "logprob": 0.0, "bytes": None, "top_logprobs": []} for t in answer.split()
+    ]
+    logprobs = ChoiceLogprobs.model_validate({"content": tokens})
+    assert p_of_logprobs(logprobs) == p
+    assert p_of_logprobs(None) is None
 
 
 def test_an_endpoint_without_logprobs_is_read_by_its_text(server):

@@ -36,13 +36,22 @@ from trace_ray.runtime.triage import (
 )
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 from trace_ray.runtime.verdict_store import HUMAN, VerdictStore
-from trace_ray.types import Category, Label, Message, PreferencePair, Verdict, response_id
+from trace_ray.types import (
+    Category,
+    Label,
+    Message,
+    PreferencePair,
+    Verdict,
+    content_digest,
+    response_id,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLAUSES = [
     {"id": "no-foo", "text": "Never say foo.", "checks": {"must_not_match": "foo"}},
     {"id": "no-bar", "text": "Never say bar.", "checks": {"must_not_match": "bar"}},
 ]
+JUDGE = content_digest("script")
 SCRIPT = [{"contains": "foo", "p_violate": 0.9}, {"contains": "perhaps", "p_violate": 0.5}]
 
 
@@ -52,7 +61,7 @@ def policy_of(clauses=CLAUSES, version="2"):
 
 def scripted(policy, **changes):
     config = JudgeConfig.model_validate({"kind": "scripted", "script": SCRIPT} | changes)
-    return JudgeSpec(config, policy, "script", "script-digest", threshold=0.6)
+    return JudgeSpec(config, policy, "script", JUDGE, threshold=0.6)
 
 
 def pairs(n=12, tag=""):
@@ -202,7 +211,7 @@ def test_gc_removes_what_nobody_names_but_no_persons_word(store):
     said = Verdict(Label.VIOLATES, 1.0, "person", provenance="human")
     store.append(HUMAN, HUMAN, "a" * 64, [("a" * 64, "0" * 16, said)])
     assert store.gc({}, older_than_s=3600) == []
-    assert [stats.judge for stats in store.gc({}, older_than_s=0)] == ["script-digest"]
+    assert [stats.judge for stats in store.gc({}, older_than_s=0)] == [JUDGE[:16]]
     assert [stats.judge for stats in store.stats()] == [HUMAN]
     assert [row["id"] for row in store.rows()] == ["0" * 16]
 

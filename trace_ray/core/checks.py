@@ -155,9 +155,9 @@ class PolicyRules:
         }
         self.overriding = {
             clause.id: [
-                checks
+                by_id[name]
                 for name in clause.exceptions
-                if name in by_id and (checks := by_id[name].checks) is not None
+                if name in by_id and by_id[name].checks is not None
             ]
             for clause in policy.clauses
         }
@@ -231,7 +231,7 @@ class PolicyRules:
     def _is_excepted(self, clause: Clause, asked: str, reply: str) -> bool:
         """An exception holds where its context matches, or where the clause it names applies."""
         return any(context.matches(asked, reply) for context in self.contexts[clause.id]) or any(
-            checks.applies(asked, reply) for checks in self.overriding[clause.id]
+            self._applies(other, asked, reply) for other in self.overriding[clause.id]
         )
 
     def _violates(self, clause: Clause, why: str) -> Verdict:
@@ -291,10 +291,14 @@ def rule_disagreements(policy: Policy) -> tuple[str, ...]:
 
 
 def _last_user_turn(prompt: Prompt) -> str:
+    """Return what the user said last: turns in a row are one, and blank ones are none."""
+    said: list[str] = []
     for turn in reversed(prompt):
         if turn.role == "user":
-            return turn.content
-    return ""
+            said += [turn.content] if turn.content.strip() else []
+        elif said:
+            break
+    return "\n".join(reversed(said))
 
 
 def _plain(text: str) -> str:
@@ -307,6 +311,7 @@ Prepared = tuple[re.Pattern[str], tuple[str, ...]]
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> Prepared:
+    pattern = _plain(pattern)  # the texts are
     return re.compile(pattern, re.IGNORECASE), required_words(pattern)
 
 

@@ -117,15 +117,25 @@ class Policy(PolicyPart):
         """
         clause = self.clause(clause_id)
         content = _content(clause)
-        exceptions = [
-            _content(self.contexts[name])
-            if name in self.contexts
-            else {key: _content(self.clause(name)).get(key) for key in ("text", "checks")}
-            for name in clause.exceptions
-        ]
         return content_digest(
-            [{key: content.get(key) for key in ("id", "text", "checks")}, exceptions]
+            [
+                {key: content.get(key) for key in ("id", "text", "checks")},
+                self._exceptions(clause),
+            ]
         )
+
+    def _exceptions(self, clause: Clause) -> list[dict[str, Any]]:
+        """Return what a clause's exceptions stand for, and theirs."""
+        found = []
+        for name in clause.exceptions:
+            if name in self.contexts:
+                found.append(_content(self.contexts[name]))
+                continue
+            other = self.clause(name)
+            content = _content(other)
+            own = {"exceptions": self._exceptions(other)} if other.exceptions else {}
+            found.append({key: content.get(key) for key in ("text", "checks")} | own)
+        return found
 
     def clause(self, clause_id: str) -> Clause:
         """Return the clause with this id.
@@ -243,11 +253,28 @@ def _exception_problems(policy: Policy) -> list[tuple[str, str]]:
                 continue
             if clause.id in other.exceptions:
                 found.append((where, f"{clause.id!r} and {name!r} are exceptions of each other"))
+            elif _leads_back(other, clause.id, by_id):
+                found.append(
+                    (where, f"by way of {name!r}, {clause.id!r} is an exception of itself")
+                )
             elif other.checks is not None and other.checks.when is None:
                 found.append(
                     (where, f"{name!r} applies to every reply, so {clause.id!r} never would")
                 )
     return found
+
+
+def _leads_back(start: Clause, target: str, by_id: Mapping[str, Clause]) -> bool:
+    """Return whether exceptions lead from ``start`` to ``target``."""
+    seen, ahead = set[str](), list(start.exceptions)
+    while ahead:
+        name = ahead.pop()
+        if name == target:
+            return True
+        if name not in seen and name in by_id:
+            seen.add(name)
+            ahead += by_id[name].exceptions
+    return False
 
 
 def _items(value: object) -> Sequence[Any]:

@@ -40,7 +40,7 @@ class LiveRecords:
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the decisions and requests of a file; a line cut off by a crash is left out."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

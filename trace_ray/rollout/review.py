@@ -93,7 +93,7 @@ def import_review(
     bad: list[str] = []
     unanswered = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
     for number, line in enumerate(lines, start=1):

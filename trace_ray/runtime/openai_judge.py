@@ -113,22 +113,28 @@ class OpenAIJudge:
 
 
 def p_of_logprobs(logprobs: Any) -> float | None:
-    """Return P(Yes) / (P(Yes) + P(No)) where the answer's last Yes or No stands; None without one.
+    """Return P(Yes) / (P(Yes) + P(No)) where the answer's first word, or its last, is Yes or No.
 
+    None where neither is, or one is Yes and the other No: a "no" inside an explanation is no answer.
     Spellings that differ in case or surrounding space count together.
     """
-    for token in reversed((logprobs.content if logprobs else None) or []):
-        if _plain(token.token) not in ("yes", "no"):
-            continue
-        found = {(top.token): top.logprob for top in token.top_logprobs or []}
-        found.setdefault(token.token, token.logprob)
-        mass = {
-            word: sum(math.exp(logprob) for text, logprob in found.items() if _plain(text) == word)
-            for word in ("yes", "no")
-        }
-        total = mass["yes"] + mass["no"]
-        return mass["yes"] / total if total > 0 and math.isfinite(total) else None
-    return None
+    tokens = [
+        token for token in (logprobs.content if logprobs else None) or [] if _plain(token.token)
+    ]
+    answers = [
+        token for token in (*tokens[:1], *tokens[-1:]) if _plain(token.token) in ("yes", "no")
+    ]
+    if len({_plain(token.token) for token in answers}) != 1:
+        return None
+    token = answers[0]
+    found = {top.token: top.logprob for top in token.top_logprobs or []}
+    found.setdefault(token.token, token.logprob)
+    mass = {
+        word: sum(math.exp(logprob) for text, logprob in found.items() if _plain(text) == word)
+        for word in ("yes", "no")
+    }
+    total = mass["yes"] + mass["no"]
+    return mass["yes"] / total if total > 0 and math.isfinite(total) else None
 
 
 def p_of_text(text: str) -> float | None:

@@ -96,6 +96,7 @@ class FolderStats:
     """One folder of verdicts."""
 
     judge: str
+    """First 16 digits of the judge's digest, ``rules`` or ``human``."""
     judge_id: str
     about: str
     """First 16 digits of the policy's digest, or ``clauses``."""
@@ -219,16 +220,19 @@ class VerdictStore:
         People's verdicts are never removed.
 
         Args:
-            keep: by judge, what it is still asked about (policy digests, ``clauses``).
+            keep: by digest of the judge, what it is still asked about (policy digests, ``clauses``).
             older_than_s: a folder written to since so many seconds stays, whoever names it.
 
         Returns:
             The folders removed.
         """
+        named_by: dict[str, set[str]] = {}
+        for judge, about in keep.items():
+            named_by.setdefault(_short(judge), set()).update(map(_short, about))
         removed = []
         for stats in self.stats():
             folder = self._folder(stats.judge, stats.about)
-            named = stats.about in {_short(about) for about in keep.get(stats.judge, set())}
+            named = stats.about in named_by.get(stats.judge, ())
             recent = time.time() - stats.newest < older_than_s
             if named or recent or stats.judge == HUMAN:
                 self._merge(folder)
