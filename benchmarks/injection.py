@@ -15,8 +15,8 @@ import typer
 from scipy.stats import binomtest
 
 from benchmarks.table import report
+from trace_ray.core.calibration import split_labels
 from trace_ray.data.injection import attacks
-from trace_ray.models.judge_adapter import split_labels
 from trace_ray.rollout.judging import ask, open_judge
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.runtime.cluster import connected

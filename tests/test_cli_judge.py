@@ -140,6 +140,37 @@ def test_judge_calibrate(fleet, tmp_path):
     assert refused.exit_code == 2
 
 
+def member(foo, fine, **more):
+    script = [{"contains": "foo", "p_violate": foo}, {"contains": "", "p_violate": fine}]
+    return {"kind": "scripted", "threshold": 0.5, "script": script} | more
+
+
+def test_a_group_is_measured_as_it_decides(fleet, tmp_path):
+    out = tmp_path / "calibration.json"
+
+    def measured(**judge):
+        config = yaml.safe_load(fleet.read_text()) | {"judge": judge}
+        path = fleet.with_name("group.yaml")
+        path.write_text(yaml.safe_dump(config))
+        labels = tmp_path / "labels.jsonl"
+        labels.write_text("\n".join(labels_of(tmp_path).read_text().splitlines()[:20]))
+        return run("judge", "calibrate", path, "--labels", labels, "--out", out)
+
+    # Two of three are right, and yet the mean of all three is lower for what violates.
+    right, wrong = member(0.6, 0.4), member(0.0, 1.0)
+    done = measured(kind="quorum", judges=[right, right, wrong])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert (found["auc"], found["accuracy"], found["abstained"]) == (1.0, 1.0, 0)
+    assert (found["threshold"], found["ece"]) == (None, None)
+    # Both members abstain on everything; their p_violate would part the labels well.
+    unsure = member(0.6, 0.4, abstain={"p_low": 0.1, "p_high": 0.9})
+    refused = measured(kind="cascade", judges=[unsure, unsure])
+    assert (refused.exit_code, "abstains on every label" in refused.output) == (2, True)
+    silent = measured(**member(None, None))
+    assert (silent.exit_code, "the script says nothing" in silent.output) == (2, True)
+
+
 def test_review_goes_out_and_comes_back(fleet, tmp_path):
     policy = load_policy(str(fleet.with_name("policy.yaml")))
     reply = "perhaps\u2028perhaps not\x85"  # line ends to some, but not to JSON

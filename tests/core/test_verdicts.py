@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from trace_ray.core.policy import parse_policy
-from trace_ray.core.verdicts import abstained, combine, decide, mean_odds, quorum, settles
+from trace_ray.core.verdicts import (
+    UNREACHED,
+    abstained,
+    combine,
+    decide,
+    mean_odds,
+    quorum,
+    settles,
+    unreached,
+)
 from trace_ray.types import Label, Verdict
 
 POLICY = parse_policy(
@@ -79,6 +88,15 @@ def test_a_cascade_goes_on_where_nothing_is_settled() -> None:
     assert not settles(rules, POLICY, None)  # two clauses have no checks
     assert settles(rules, POLICY, "grave")
     assert settles(Verdict(Label.VIOLATES, 1.0, "r", provenance="rules"), POLICY, None)
+
+
+def test_a_judge_that_was_down_leaves_the_question_open() -> None:
+    down = Verdict.unjudged("j", f"{UNREACHED}: the endpoint answers 503")
+    assert unreached(down)
+    assert not any(map(unreached, (None, YES, OPEN, LOST)))
+    assert unreached(quorum([YES, NO, down], 2, "q"))
+    assert not unreached(quorum([YES, YES, down], 2, "q"))
+    assert unreached(combine(POLICY, {"small": LOST, "other": down}, {}, "j"))
 
 
 def test_a_quorum_agrees_or_abstains() -> None:

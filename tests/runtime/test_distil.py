@@ -7,8 +7,9 @@ import yaml
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
-from trace_ray.rollout.judging import verdict_store
+from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import read_inputs
+from trace_ray.runtime.progress import Reporter
 from trace_ray.testing import tiny_model
 
 POLICY = {"id": "p", "version": "1", "clauses": [{"id": "no-foo", "text": "Never say foo."}]}
@@ -71,6 +72,31 @@ def test_a_small_judge_learns_from_another_and_is_served_by_its_registered_name(
     assert done.exit_code == 0, done.output
     # Unseen replies: the random base alone can't tell them apart.
     assert json.loads(out.read_text())["auc"] > 0.9
+
+
+def test_another_threshold_fits_no_judge_and_asks_nothing_again(folder, cluster):
+    labels = [
+        {"prompt": f"other {i}?", "response": f"{word} {i}", "verdict": verdict}
+        for i in range(20)
+        for word, verdict in (("foo", "violates"), ("fine", "complies"))
+    ]
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, labels)))
+
+    def opened(**judge):
+        inputs = read_inputs(str(config(folder, "auto.yaml", labels="more.jsonl", **judge)))
+        return prepared_judge(inputs, Reporter(None, "judge"))
+
+    spec, card = opened(granularity="clause")
+    made = sorted((folder / "storage" / "stages" / "judge").iterdir())
+    # Above every p_violate: nothing violates, whatever the judge thinks.
+    other, measured = opened(granularity="clause", threshold=1.0, tiers={"standard": 2})
+    assert sorted((folder / "storage" / "stages" / "judge").iterdir()) == made
+    assert (other.digest, other.adapter_dir) == (spec.digest, spec.adapter_dir)
+    assert (measured.threshold, measured.kappa) == (1.0, 0.0)
+    assert card.threshold < 1.0
+    assert card.n_test == measured.n_test
+    by_policy, _ = opened()
+    assert by_policy.digest != spec.digest
 
 
 def test_what_cannot_be_distilled_is_said(folder, cluster):

@@ -68,11 +68,11 @@ def judge_distil(
         with connected():
             found = distil(str(config), labels, from_judge, name=name, alias=alias, limit=limit)
         card, made = found.card, found.registered
-        kappa = "-" if card.kappa is None else f"{card.kappa:.3f}"
+        ece, kappa = ("-" if x is None else f"{x:.3f}" for x in (card.ece, card.kappa))
         typer.echo(
             f"{made.registered_as}: {found.n_labels} labels ({found.n_left_out} replies left out), "
             f"{card.n_test} of them held out: AUC {card.auc:.3f} "
-            f"[{card.auc_low:.3f}, {card.auc_high:.3f}], ECE {card.ece:.3f}, kappa {kappa}, "
+            f"[{card.auc_low:.3f}, {card.auc_high:.3f}], ECE {ece}, kappa {kappa}, "
             f"threshold {card.threshold:.4g}"
         )
         typer.echo(f"next: judge.adapter: models:/{made.name}@{alias} in {config}")

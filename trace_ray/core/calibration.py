@@ -9,7 +9,7 @@ from typing import Any
 
 from trace_ray.core import metrics
 from trace_ray.errors import DataError
-from trace_ray.types import LabelledResponse
+from trace_ray.types import Label, LabelledResponse, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +27,22 @@ class Calibration:
     """A judge measured on labels."""
 
     n: int
-    threshold: float
-    """Best balanced accuracy over all labels: what to put into ``judge.threshold``."""
+    threshold: float | None
+    """Best balanced accuracy over all labels: what to put into ``judge.threshold``; None where the judge
+    decides by more than one probability."""
     auc: float
-    ece: float
-    """Expected calibration error of p_violate, 10 bins."""
+    ece: float | None
+    """Expected calibration error of p_violate, 10 bins; None like the threshold."""
     accuracy: float
-    """Each half judged by the threshold of the other half, like kappa and the confusion."""
+    """Each half judged by the threshold of the other half, like kappa and the confusion; without a
+    threshold, as the judge decides."""
     kappa: float | None
     """Cohen's kappa between judge and labels."""
     confusion: Confusion
     by_clause: dict[str, Confusion]
     """Of the labels that name a clause."""
     abstained: int
-    """Rows inside the abstain band: left out of accuracy, kappa and confusion."""
+    """Rows left to a person: left out of accuracy, kappa and confusion."""
     unjudged: int
     """Rows that the judge gave no probability on: left out of everything."""
 
@@ -49,11 +51,17 @@ class Calibration:
         return asdict(self)
 
 
+LABEL_SCORES = {Label.VIOLATES: 1.0, Label.UNJUDGED: 0.5, Label.COMPLIES: 0.0}
+"""What a judge says, as a score, where no one probability ranks its replies."""
+
+
 def calibrate(
     labels: Sequence[LabelledResponse],
-    p_violate: Sequence[float | None],
+    verdicts: Sequence[Verdict],
     seed: int = 0,
     band: tuple[float, float] | None = None,
+    *,
+    by_threshold: bool = True,
 ) -> Calibration:
     """Measure a judge.
 
@@ -62,40 +70,42 @@ def calibrate(
 
     Args:
         labels: [N]; rows of a group stay in one half.
-        p_violate: [N], None where unjudged.
+        verdicts: [N].
         seed: of the halves.
         band: the judge's abstain band.
+        by_threshold: a threshold on p_violate makes its labels; else they are taken as they are.
 
     Raises:
-        DataError: a half lacks labels of one verdict.
+        DataError: a half lacks labels of one verdict, or the judge decides on none.
     """
-    rows = [(row, p) for row, p in zip(labels, p_violate, strict=True) if p is not None]
-    halves = _halves([row for row, _ in rows], seed)
+    rows = [
+        (row, verdict, verdict.p_violate)
+        for row, verdict in zip(labels, verdicts, strict=True)
+        if verdict.p_violate is not None
+    ]
+    truth = [row.violates for row, *_ in rows]
+    scores = [p if by_threshold else LABEL_SCORES[verdict.label] for _, verdict, p in rows]
+    halves = _halves([row for row, *_ in rows], seed)
     for half in halves:
-        if len({rows[i][0].violates for i in half}) < 2:
+        if len({truth[i] for i in half}) < 2:
             raise DataError(
                 f"{len(labels)} labels are too few to calibrate on: half of their groups must hold "
                 "both verdicts"
             )
-    decided: dict[int, bool] = {}
-    for mine, other in (halves, halves[::-1]):
-        cut = metrics.best_threshold(
-            [rows[i][0].violates for i in other], [rows[i][1] for i in other]
-        )
-        decided |= {
-            i: rows[i][1] >= cut for i in mine if band is None or not band[0] < rows[i][1] < band[1]
-        }
+    if by_threshold:
+        decided = _decided(truth, scores, halves, band)
+    else:
+        decided = {i: score > 0.5 for i, score in enumerate(scores) if score != 0.5}
     if not decided:
         raise DataError("the judge abstains on every label: narrow judge.abstain")
-    truth, scores = [row.violates for row, _ in rows], [p for _, p in rows]
     known = [truth[i] for i in decided]
     said = list(decided.values())
-    named = sorted({row.clause for row, _ in rows if row.clause})
+    named = sorted({row.clause for row, *_ in rows if row.clause})
     return Calibration(
         n=len(labels),
-        threshold=metrics.best_threshold(truth, scores),
+        threshold=metrics.best_threshold(truth, scores) if by_threshold else None,
         auc=metrics.auc(truth, scores),
-        ece=metrics.expected_calibration_error(truth, scores),
+        ece=metrics.expected_calibration_error(truth, scores) if by_threshold else None,
         accuracy=metrics.accuracy(known, said),
         kappa=metrics.cohen_kappa(known, said),
         confusion=_confusion(known, said),
@@ -109,6 +119,49 @@ def calibrate(
         abstained=len(rows) - len(decided),
         unjudged=len(labels) - len(rows),
     )
+
+
+def _decided(
+    truth: Sequence[bool],
+    scores: Sequence[float],
+    halves: tuple[list[int], list[int]],
+    band: tuple[float, float] | None,
+) -> dict[int, bool]:
+    """Return by row outside the band whether it violates, by the threshold of the other half."""
+    found: dict[int, bool] = {}
+    for mine, other in (halves, halves[::-1]):
+        cut = metrics.best_threshold([truth[i] for i in other], [scores[i] for i in other])
+        found |= {
+            i: scores[i] >= cut for i in mine if band is None or not band[0] < scores[i] < band[1]
+        }
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSplit:
+    """Labelled responses in three parts that share no group."""
+
+    fit: list[LabelledResponse]
+    calibration: list[LabelledResponse]
+    """Picks the threshold."""
+    test: list[LabelledResponse]
+    """Measures AUC and accuracy."""
+
+
+def split_labels(labels: Sequence[LabelledResponse], seed: int) -> LabelSplit:
+    """Split 60/20/20 by group (rows without a group are their own), seeded."""
+    groups: dict[str, list[LabelledResponse]] = {}
+    for i, row in enumerate(labels):
+        groups.setdefault(row.group or f"#{i}", []).append(row)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    parts: tuple[list[LabelledResponse], ...] = ([], [], [])
+    targets = (0.6 * len(labels), 0.2 * len(labels), 0.2 * len(labels))
+    for group in order:
+        # The part that is furthest from its share takes the next group.
+        need = [(t - len(p)) / t if t else 0.0 for p, t in zip(parts, targets, strict=True)]
+        parts[need.index(max(need))].extend(groups[group])
+    return LabelSplit(*parts)
 
 
 def _halves(rows: Sequence[LabelledResponse], seed: int) -> tuple[list[int], list[int]]:

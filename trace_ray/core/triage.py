@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from trace_ray.core.verdicts import abstained
+from trace_ray.core.verdicts import abstained, unreached
 from trace_ray.types import Category, Label, PreferencePair, TriagedPair, Verdict
 
 
@@ -56,6 +56,13 @@ def in_review(row: TriagedPair) -> bool:
     if row.category is not Category.UNJUDGED:
         return False
     return abstained(row.verdict_chosen) or abstained(row.verdict_rejected)
+
+
+def is_open(row: TriagedPair) -> bool:
+    """Return whether the pair is UNJUDGED because nobody answered."""
+    if row.category is not Category.UNJUDGED:
+        return False
+    return unreached(row.verdict_chosen) or unreached(row.verdict_rejected)
 
 
 def corrected(row: TriagedPair, response: str, verdict: Verdict) -> TriagedPair:

@@ -18,6 +18,16 @@ from trace_ray.types import Label, Verdict
 ABSTAINS = "abstains"
 """How the reason of a verdict begins that a person has to give."""
 
+UNREACHED = "unreached"
+"""How the reason begins where a judge was down, or too busy: the next run asks it again."""
+
+
+def unreached(verdict: Verdict | None) -> bool:
+    """Return whether a verdict is missing because nobody answered."""
+    if verdict is None or verdict.p_violate is not None:
+        return False
+    return verdict.label is Label.UNJUDGED and verdict.reason.startswith(UNREACHED)
+
 
 def abstained(verdict: Verdict | None) -> bool:
     """Return whether the judge gave a probability and left the decision to a person."""
@@ -96,6 +106,7 @@ def combine(
     possible = _deciding(counted, tiers, (Label.VIOLATES, Label.UNJUDGED))
     missing = [at for at in possible if at[1].label is Label.UNJUDGED]
     lost = [at for at in missing if at[1].p_violate is None]
+    lost.sort(key=lambda at: not unreached(at[1]))
     if lost:
         return whole(Label.UNJUDGED, lost[0], None)
     if missing:
@@ -134,8 +145,8 @@ def quorum(verdicts: Sequence[Verdict], agree: int, judge_id: str) -> Verdict:
         judge_id: of the quorum.
 
     Returns:
-        p_violate is the mean of the members that gave one. Unjudged without it where so few members
-        gave a verdict that no ``agree`` of them can share one.
+        p_violate is the mean of the members that gave one. Unjudged without it where too few members
+        gave a verdict for ``agree`` of them to share one, or a member that was down might decide.
     """
     votes = Counter(verdict.label for verdict in verdicts if verdict.label is not Label.UNJUDGED)
     given = [verdict.p_violate for verdict in verdicts if verdict.p_violate is not None]
@@ -145,6 +156,8 @@ def quorum(verdicts: Sequence[Verdict], agree: int, judge_id: str) -> Verdict:
     if len(winners) == 1:
         clause = next((v.clause for v in verdicts if v.label is winners[0] and v.clause), None)
         return Verdict(winners[0], p, judge_id, clause=clause, reason=said)
+    if any(map(unreached, verdicts)):
+        return Verdict.unjudged(judge_id, f"{UNREACHED}: a member was down ({said})")
     if p is None or len(given) < agree:
         return Verdict.unjudged(judge_id, f"fewer than {agree} members gave a verdict ({said})")
     reason = f"{ABSTAINS}: no {agree} members agree ({said})"

@@ -51,33 +51,6 @@ class Checkpoints:
     every_s: float = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class LabelSplit:
-    """Labelled responses in three parts that share no group."""
-
-    fit: list[LabelledResponse]
-    calibration: list[LabelledResponse]
-    """Picks the threshold."""
-    test: list[LabelledResponse]
-    """Measures AUC and accuracy."""
-
-
-def split_labels(labels: Sequence[LabelledResponse], seed: int) -> LabelSplit:
-    """Split 60/20/20 by group (rows without a group are their own), seeded."""
-    groups: dict[str, list[LabelledResponse]] = {}
-    for i, row in enumerate(labels):
-        groups.setdefault(row.group or f"#{i}", []).append(row)
-    order = sorted(groups)
-    random.Random(seed).shuffle(order)
-    parts: tuple[list[LabelledResponse], ...] = ([], [], [])
-    targets = (0.6 * len(labels), 0.2 * len(labels), 0.2 * len(labels))
-    for group in order:
-        # The part that is furthest from its share takes the next group.
-        need = [(t - len(p)) / t if t else 0.0 for p, t in zip(parts, targets, strict=True)]
-        parts[need.index(max(need))].extend(groups[group])
-    return LabelSplit(*parts)
-
-
 def verdict_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     """Return the id of ``word`` as one token.
 

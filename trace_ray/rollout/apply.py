@@ -168,7 +168,9 @@ def _run(
 def _needless(jobs: list[ModelJob], triaged: Triaged) -> dict[str, str]:
     """Return the models that need no realignment, and why."""
     if triaged.trained is not None and not triaged.trained.n_conflicts():
-        return {job.model.name: "no pair conflicts with the policy" for job in jobs}
+        left = triaged.trained.counts()[Category.UNJUDGED]
+        why = "no pair conflicts with the policy" + (f" ({left} unjudged)" if left else "")
+        return {job.model.name: why for job in jobs}
     return complying(jobs)
 
 

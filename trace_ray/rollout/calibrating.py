@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from trace_ray.core.calibration import Calibration, Confusion, calibrate
 from trace_ray.core.metrics import cohen_kappa
 from trace_ray.core.policy import Policy
+from trace_ray.errors import JudgeError
 from trace_ray.rollout.judging import ask, open_judge
+from trace_ray.runtime.judge_card import decides_by_threshold
 from trace_ray.runtime.judges import Exchange, JudgeSpec
 from trace_ray.types import Label, LabelledResponse, Verdict
 
@@ -18,11 +20,21 @@ if TYPE_CHECKING:
 
 
 def calibrate_judge(spec: JudgeSpec, labels: Sequence[LabelledResponse]) -> Calibration:
-    """Ask the judge about every label and compare."""
+    """Ask the judge about every label and compare.
+
+    Raises:
+        JudgeError: it can't judge most of them.
+        DataError: the labels are too few, or the judge decides on none.
+    """
     verdicts = _verdicts(spec, labels)
-    return calibrate(
-        labels, [verdict.p_violate for verdict in verdicts], spec.config.fit.seed, spec.band
-    )
+    missing = [verdict for verdict in verdicts if verdict.p_violate is None]
+    if 2 * len(missing) > len(labels):
+        raise JudgeError(
+            f"judge {spec.judge_id}: {len(missing)} of {len(labels)} labelled replies can't be judged: "
+            f"{missing[0].reason}"
+        )
+    by_threshold = decides_by_threshold(spec)
+    return calibrate(labels, verdicts, spec.config.fit.seed, spec.band, by_threshold=by_threshold)
 
 
 def judges_agree(
@@ -70,8 +82,10 @@ def calibration_table(name: str, found: Calibration) -> Table:
     for clause, part in found.by_clause.items():
         add(clause, part)
     kappa = "-" if found.kappa is None else f"{found.kappa:.3f}"
+    ece = "-" if found.ece is None else f"{found.ece:.3f}"
+    cut = "as it decides" if found.threshold is None else f"threshold {found.threshold:.4g}"
     table.caption = (
-        f"AUC {found.auc:.3f}, accuracy {found.accuracy:.3f}, kappa {kappa}, ECE {found.ece:.3f}; "
-        f"threshold {found.threshold:.4g}; {found.abstained} abstained, {found.unjudged} unjudged"
+        f"AUC {found.auc:.3f}, accuracy {found.accuracy:.3f}, kappa {kappa}, ECE {ece}; "
+        f"{cut}; {found.abstained} abstained, {found.unjudged} unjudged"
     )
     return table

@@ -17,7 +17,7 @@ from trace_ray.rollout.calibrating import judge_of
 from trace_ray.rollout.heldout import distinct_pairs
 from trace_ray.rollout.judging import ask, distilled_as, prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, read_inputs
-from trace_ray.runtime.fit_judge import JudgeCard, require_auc
+from trace_ray.runtime.judge_card import JudgeCard, require_auc
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.records import AdapterRecord, RegisteredVersion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,8 @@ from trace_ray.errors import ConfigError, JudgeError, ModelError
 from trace_ray.models.references import ModelSource, resolve_model
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
-from trace_ray.runtime.fit_judge import (
-    JudgeCard,
-    fit_judge,
-    measure_judge,
-    read_card,
-    require_auc,
-    rules_card,
-)
+from trace_ray.runtime.fit_judge import fit_judge, measure_judge
+from trace_ray.runtime.judge_card import JudgeCard, judge_card, require_auc, rules_card
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
 from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.progress import Reporter
@@ -32,8 +27,6 @@ from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
 from trace_ray.types import LabelledResponse, Verdict, content_digest
 
 _REGISTERED = "models:/"
-_ASKS = ("engine", "fit", "smoothing", "openai", "script")
-"""Settings of a judge that can change what it answers."""
 
 
 def verdict_store(inputs: Inputs) -> VerdictStore:
@@ -112,7 +105,7 @@ def _prepared(
         _run_judge(spec, measure_judge, spec, labels, out, out=out)
 
     stage = inputs.store.stage("judge", key, work)
-    card = read_card(stage.path)
+    card = judge_card(spec, labels, stage.path)
     return dataclasses.replace(spec, threshold=card.threshold), card
 
 
@@ -130,9 +123,9 @@ def _spec(config: JudgeConfig, policy: Policy, members: Sequence[JudgeSpec]) -> 
     """A judge that needs no fitting: an endpoint, a script, or a group of others."""
     asks: dict[str, Any] = {"kind": config.kind, "model": config.model}
     if config.kind == "openai":
-        asks["openai"] = config.openai.model_dump(
-            include={"base_url", "logprobs", "max_answer_tokens"}
-        )
+        server = config.openai.base_url or os.environ.get("OPENAI_BASE_URL")
+        kept = config.openai.model_dump(include={"logprobs", "max_answer_tokens"})
+        asks["openai"] = kept | {"base_url": server, "form": FORM}
     if config.kind == "scripted":
         asks["script"] = [line.model_dump() for line in config.script]
     if members:
@@ -182,11 +175,11 @@ def _prepared_vllm(
         return dataclasses.replace(spec, threshold=card.threshold), card
 
     def work(out: Path) -> None:
-        given = (spec, config, labels, out, fleet, inputs.store.parts("judge", key))
+        given = (spec, labels, out, fleet, inputs.store.parts("judge", key))
         run_alone(config.resources, fit_judge, *given, needs=spec.needs, out=out)
 
     stage = inputs.store.stage("judge", key, work)
-    card = read_card(stage.path)
+    card = judge_card(spec, labels, stage.path)
     spec = dataclasses.replace(spec, threshold=card.threshold)
     if config.adapter != "auto":
         return spec, card
@@ -230,12 +223,12 @@ def _fixed(adapter_dir: str | None, config: JudgeConfig, model_digest: str) -> s
 def _stage_key(
     inputs: Inputs, config: JudgeConfig, labels: list[LabelledResponse]
 ) -> dict[str, Any]:
-    """What the fitted judge and its card depend on."""
-    kept = {"kind", "model", "revision", "adapter", "threshold", "granularity", "tiers", *_ASKS}
+    """What the fitted judge and its answers on the labels depend on."""
+    kept = {"kind", "model", "revision", "adapter", "granularity", "fit", "smoothing"}
     return {
         "policy": inputs.policy.digest,
         "labels": content_digest([row.to_row() for row in labels]),
-        "config": config.model_dump(mode="json", include=kept),
+        "config": config.model_dump(mode="json", include=kept) | {"dtype": config.engine.dtype},
         "version": [__version__, FORM],
     }
 

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray import __version__
-from trace_ray.errors import DataError
+from trace_ray.errors import DataError, JudgeError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.conflicts import prepare
 from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, data_digest
 from trace_ray.runtime.cluster import near_these_files
-from trace_ray.runtime.fit_judge import JudgeCard, require_auc
+from trace_ray.runtime.judge_card import JudgeCard, require_auc
 from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult, write_json
 from trace_ray.runtime.triage import triage_pairs
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
+from trace_ray.types import Category
 
 PAIRS, TRIAGE = "pairs", "triage"
+OPEN = "open.json"
+"""How many pairs of a triage nobody answered for."""
 """The stages of a fleet that the store keeps."""
 
 
@@ -54,12 +57,12 @@ def pairs_key(inputs: Inputs) -> dict[str, Any]:
 
 
 def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str, Any]:
-    """What the triage depends on."""
+    """What the triage depends on; where nobody answered a judge's question, on the earlier one too."""
     policy, asked, verdicts = inputs.policy, spec.config, verdict_store(inputs)
     people = verdicts.fingerprint(HUMAN, policy.digest)
     if asked.granularity == "clause":
         people += verdicts.fingerprint(HUMAN, CLAUSES)
-    return {
+    key = {
         "pairs": pairs.path.name,
         "judge": [spec.judge_id, spec.digest],
         "threshold": spec.threshold,
@@ -71,6 +74,9 @@ def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str,
         "people": people,
         "version": __version__,
     }
+    while (done := inputs.store.find(TRIAGE, key)) is not None and _is_open(inputs, done):
+        key |= {"after": done.path.name}
+    return key
 
 
 def earned_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
@@ -142,6 +148,8 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     def work(out: Path) -> None:
         log = functools.partial(reports.log_triage, inputs)
         triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts, fleet, log)
+        _require_verdicts(TriagedRows(out / "rows"), spec)
+        write_json(out / OPEN, TriagedRows(out / "rows").n_open())
         write_json(out / "made_by.json", inputs.run_id)
 
     key = triage_key(inputs, pairs, spec)
@@ -155,6 +163,29 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     fleet("triage", note=" ".join(f"{name} {n}" for name, n in rows.counts().items()))
     ready = prepare(inputs, rows, stage.path, spec, fleet)
     return Triaged(rows, ready.rows, ready.folder, counts, card, spec, ready.corrections)
+
+
+def _require_verdicts(rows: TriagedRows, spec: JudgeSpec) -> None:
+    """Refuse to go on as if nothing conflicted where a judge said nothing at all.
+
+    Raises:
+        JudgeError: no pair has a verdict, and none is left to a person.
+    """
+    counts = rows.counts()
+    if counts["pairs"] and counts[Category.UNJUDGED] == counts["pairs"] and not rows.n_review():
+        why = next(iter(rows)).verdict_chosen.reason
+        raise JudgeError(
+            f"judge {spec.judge_id} gave no verdict on any of {counts['pairs']} pairs: {why}"
+        )
+
+
+def _is_open(inputs: Inputs, done: StageResult) -> bool:
+    """True where a triage is to be made again: nobody answered some of its questions.
+
+    The others' answers are stored. A run that goes on after it was killed keeps what it has made.
+    """
+    left = done.path / OPEN
+    return left.exists() and json.loads(left.read_text()) > 0 and not _is_resumed(inputs, done)
 
 
 def _is_resumed(inputs: Inputs, stage: StageResult) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trace_ray.rollout.plan import Inputs
-    from trace_ray.runtime.fit_judge import JudgeCard
+    from trace_ray.runtime.judge_card import JudgeCard
     from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
 
 VERDICTS, TRIAGED, REPORT = "verdicts.parquet", "triaged.parquet", "report.json"

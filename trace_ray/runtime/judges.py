@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from trace_ray.config import JudgeConfig
+from trace_ray.core.checks import FORM
 from trace_ray.core.policy import Policy
 from trace_ray.core.verdicts import decide, quorum, settles
 from trace_ray.data.steering import smoothed
@@ -287,4 +288,4 @@ JUDGES: dict[str, Callable[[JudgeSpec], Judge]] = {
 def rule_judge(policy: Policy, config: JudgeConfig | None = None) -> JudgeSpec:
     """Return the spec of the rule judge of ``policy``."""
     config = config or JudgeConfig(kind="rules")
-    return JudgeSpec(config, policy, policy.rules.judge_id, digest="rules")
+    return JudgeSpec(config, policy, policy.rules.judge_id, digest=f"rules-{FORM}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from trace_ray.core.verdicts import UNREACHED
 from trace_ray.errors import JudgeError
 from trace_ray.runtime.judges import Exchange, Usage, judge_question
 from trace_ray.types import Label, Verdict
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trace_ray.runtime.judges import JudgeSpec
 
 _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_BUSY = (408, 409, 425, 429)
 _TOP = 20  # the most alternatives the protocol allows
 
 
@@ -82,9 +84,11 @@ class OpenAIJudge:
                     f"judge {judge_id}: {self.client.base_url} answers {error.status_code} to model "
                     f"{self.spec.config.model!r}: {error.message}"
                 ) from None
-            return Verdict.unjudged(judge_id, f"the endpoint answers {error.status_code}: {error}")
+            why = f"the endpoint answers {error.status_code}: {error}"
+            passes = error.status_code >= 500 or error.status_code in _BUSY
+            return Verdict.unjudged(judge_id, f"{UNREACHED}: {why}" if passes else why)
         except (OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
-            return Verdict.unjudged(judge_id, f"{type(error).__name__}: {error}")
+            return Verdict.unjudged(judge_id, f"{UNREACHED}: {type(error).__name__}: {error}")
         return self._read(answer, exchange)
 
     def _read(self, answer: Any, exchange: Exchange) -> Verdict:

@@ -156,6 +156,10 @@ class TriagedRows:
         """Return how many rows are left to people."""
         return sum(map(triage.in_review, self.of(Category.UNJUDGED)))
 
+    def n_open(self) -> int:
+        """Return how many rows are unjudged because nobody answered."""
+        return sum(map(triage.is_open, self.of(Category.UNJUDGED)))
+
     def judged(self) -> JudgeCounts:
         """Return what judging them cost."""
         import pyarrow.compute as pc

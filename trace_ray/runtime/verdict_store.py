@@ -3,10 +3,10 @@
     verdicts/<judge>/judge.json                      what the judge is
     verdicts/<judge>/<policy> or clauses/<name>.parquet   verdicts, never changed once written
 
-``<judge>`` is the judge's digest, ``rules`` or ``human``; ``<policy>`` the digest of the policy that the
-whole reply was judged by. A row's ``subject`` is that digest, or the clause's; its ``id`` is the content
-id of (prompt, response). Files appear by one rename, and none is ever changed: any number of runs write
-at once. ``gc`` alone removes files, after it has written what they held into one.
+``<judge>`` is the judge's digest, or ``human``; ``<policy>`` the digest of the policy that the whole reply
+was judged by. A row's ``subject`` is that digest, or the clause's; its ``id`` is the content id of (prompt,
+response). Files appear by one rename, and none is ever changed: any number of runs write at once. ``gc``
+alone removes files, after it has written what they held into one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class FolderStats:
     """One folder of verdicts."""
 
     judge: str
-    """First 16 digits of the judge's digest, ``rules`` or ``human``."""
+    """First 16 digits of the judge's digest, or ``human``."""
     judge_id: str
     about: str
     """First 16 digits of the policy's digest, or ``clauses``."""
@@ -122,7 +122,7 @@ class VerdictStore:
         """Write verdicts as one new file.
 
         Args:
-            judge: digest of the judge, ``rules`` or ``human``.
+            judge: digest of the judge, or ``human``.
             judge_id: its readable name.
             about: digest of the policy, or ``clauses``.
             found: (subject, content id, verdict) each; those that are not ``is_stored`` are left out.
