@@ -88,6 +88,18 @@ def test_policy_test_fails_where_the_judge_says_otherwise(fleet):
     assert (done.exit_code, "3 skipped" in done.output) == (0, True), done.output
 
 
+def test_policy_test_asks_no_judge_about_a_clause_that_does_not_apply(fleet):
+    path = fleet.with_name("policy.yaml")
+    policy = yaml.safe_load(path.read_text())
+    quoting = {"prompt": "quote it", "response": "foo", "verdict": "complies"}
+    policy["clauses"][0] |= {"exceptions": ["quotes"]}
+    policy["clauses"][0]["examples"].append(quoting)
+    policy["contexts"] = {"quotes": {"prompt_regex": "quote"}}
+    path.write_text(yaml.safe_dump(policy))
+    done = run("policy", "test", path, "--judge", changed(fleet, granularity="clause"))
+    assert (done.exit_code, "4 pass" in done.output) == (0, True), done.output
+
+
 def test_policy_diff_names_what_becomes_stale(fleet, tmp_path):
     raw = yaml.safe_load(NEW.read_text())
     raw["version"] = "2026.3"

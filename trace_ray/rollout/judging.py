@@ -91,7 +91,11 @@ def _prepared(
     if config.kind == "rules":
         spec = rule_judge(inputs.policy, config)
         return spec, rules_card(spec, labels)
-    members = tuple(_member(inputs, member, labels, fleet) for member in config.judges)
+    # By clause, members are asked about clauses: one that is fitted has to learn those questions.
+    asked = {"granularity": config.granularity, "tiers": config.tiers}
+    members = tuple(
+        _member(inputs, member.model_copy(update=asked), labels, fleet) for member in config.judges
+    )
     spec = _spec(config, inputs.policy, members)
     spec = dataclasses.replace(spec, needs=Needs.of(inputs.store))
     if not labels:

@@ -54,11 +54,26 @@ def run_policy_tests(policy: Policy, spec: JudgeSpec) -> list[CaseResult]:
         possible = not by_rules or bool(policy.rules.checked)
         exchange = Exchange(test.as_prompt(), test.response)
         cases.append((f"test: {test.name}", str(test.verdict), exchange, possible))
-    verdicts = ask(spec, [exchange for _, _, exchange, _ in cases])
+    asked = [exchange for _, _, exchange, _ in cases if _applies(policy, exchange)]
+    answers = dict(zip(asked, ask(spec, asked), strict=True))
     return [
-        CaseResult(name, expected, verdict, possible)
-        for (name, expected, _, possible), verdict in zip(cases, verdicts, strict=True)
+        CaseResult(name, expected, answers.get(exchange) or _free(spec, exchange), possible)
+        for name, expected, exchange, possible in cases
     ]
+
+
+def _applies(policy: Policy, exchange: Exchange) -> bool:
+    """Return whether a triage would ask: not about a clause that doesn't apply."""
+    if exchange.clause is None:
+        return True
+    applicable = policy.rules.applicable(exchange.prompt, exchange.response)
+    return policy.clause(exchange.clause) in applicable
+
+
+def _free(spec: JudgeSpec, exchange: Exchange) -> Verdict:
+    """Return the verdict on a clause that doesn't apply."""
+    reason = "the clause doesn't apply"
+    return Verdict(Label.COMPLIES, 0.0, spec.judge_id, clause=exchange.clause, reason=reason)
 
 
 def results_table(policy: Policy, spec: JudgeSpec, results: list[CaseResult]) -> Table:
