@@ -77,6 +77,26 @@ def test_annotate_adds_the_verdict_and_keeps_the_reply(post: Post, folder: Path)
     assert (row["label"], row["shadow"]["label"]) == ("complies", "violates")
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a trigger",
+        {"type": "refusal", "refusal": "a trigger", "text": "hello"},
+        {"type": "thinking", "thinking": "a trigger"},
+    ],
+)
+def test_every_part_that_the_model_reads_is_judged(post: Post, folder: Path, part: Any) -> None:
+    body = _body("guarded", "") | {"messages": [{"role": "user", "content": [part]}]}
+    _, answer, headers = post("chat/completions", body)
+    assert answer["choices"][0]["message"]["content"] == MESSAGE
+    row = _records(folder, headers["x-request-id"])[0]
+    assert row["prompt"] == [{"role": "user", "content": "a trigger"}]
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    body["messages"] = [{"role": "user", "content": ["hello", image]}]
+    status, answer, _ = post("chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "messages")
+
+
 def test_block_replaces_each_violating_choice(post: Post) -> None:
     body = _body("guarded", "a trigger", n=2, temperature=1, seed=1, logprobs=True)
     _, answer, headers = post("chat/completions", body)

@@ -37,7 +37,7 @@ from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import MODES, Act, act_on, effective_mode, sampled, withheld
 from trace_ray.serve.police import Judged, Police
 from trace_ray.serve.records import RecordWriter, Redactor, read_records
-from trace_ray.serve.requests import RequestError, content_text, limited, read_json
+from trace_ray.serve.requests import RequestError, limited, read_json
 from trace_ray.serve.turn import Turn
 from trace_ray.serve.windows import Window, beginning_policy
 from trace_ray.types import Label, Message, Verdict
@@ -329,7 +329,6 @@ def test_answers_of_all_forms():
     assert reply_text("chat", {"message": message}) == "abf{}"
     assert reply_text("chat", {"delta": {"content": None}}) == ""
     assert reply_text("completion", {"text": "ab"}, (Message("user", "a"),)) == "b"
-    assert content_text([{"type": "text", "text": "a"}, {"type": "image_url"}, 3]) == "a"
     event = read_event(replaced_event("chat", 1, "no", {"id": "x"}, first=True))
     assert event == {
         "id": "x",

@@ -50,6 +50,7 @@ from trace_ray.serve.requests import (
     read_json,
     take_mode,
     text_prompts,
+    with_texts,
 )
 from trace_ray.serve.storage import RecordSender
 from trace_ray.serve.table import NameTable
@@ -299,6 +300,8 @@ class Ingress(DescribedRoute, DashboardRoutes):
     async def _answer(self, kind: Kind, call: Call) -> Response:
         mode, route = self._mode(call), call.route
         body = limited(kind, call.body, self._door.limits, self._max_model_len)
+        if kind == "chat" and mode != "off":
+            body = body | {"messages": with_texts(body.get("messages"))}
         call = call._replace(body=body)
         headers = {
             ADAPTER_HEADER: call.adapter,

@@ -17,6 +17,14 @@ COMPLIANCE_FIELD = "compliance"
 """Body field, beside the header, that asks for a mode."""
 MODE_HEADER = "x-trace-ray-compliance"
 _COUNTS = ("max_tokens", "max_completion_tokens")
+_TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+"""Type of a content part -> its key that vLLM reads as a text of the prompt."""
 _COMPLETION_TOKENS = 16
 """OpenAI's and vLLM's default of a completion that names no number."""
 
@@ -154,19 +162,39 @@ def _at_most(body: Mapping[str, Any], name: str, most: int) -> None:
 
 
 def chat_prompt(messages: Any) -> Prompt:
-    """Return a request's messages as a conversation to judge; parts that are not text are left out.
+    """Return a request's messages as a conversation to judge.
 
     Raises:
-        RequestError: 400: they are not messages.
+        RequestError: 400: they are not messages, or not all of them is text.
     """
+    return tuple(_message(item) for item in _rows(messages))
+
+
+def with_texts(messages: Any) -> list[dict[str, Any]]:
+    """Return messages each of whose contents is one text: the model is sent what is judged.
+
+    Chat templates differ in what they put between the parts of a content.
+
+    Raises:
+        RequestError: 400: they are not messages, or not all of them is text.
+    """
+    return [
+        row | {"content": content_text(row["content"])}
+        if isinstance(row.get("content"), list)
+        else row
+        for row in _rows(messages)
+    ]
+
+
+def _rows(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise RequestError(400, "'messages' must be a list of messages", "messages")
-    return tuple(_message(item) for item in messages)
-
-
-def _message(item: Any) -> Message:
-    if not isinstance(item, dict):
+    if not all(isinstance(item, dict) for item in messages):
         raise RequestError(400, "a message must be an object", "messages")
+    return messages
+
+
+def _message(item: Mapping[str, Any]) -> Message:
     role = item.get("role")
     if not isinstance(role, str):
         raise RequestError(400, "a message must have a role", "messages")
@@ -175,12 +203,26 @@ def _message(item: Any) -> Message:
 
 
 def content_text(content: Any) -> str:
-    """Return the text of a message's content: text, or a list of parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return "\n".join(text for text in texts if isinstance(text, str))
+    """Return the text of a message's content: a text, a list of parts, or None.
+
+    Raises:
+        RequestError: 400: something in it is no text, so that nobody could judge it.
+    """
+    parts = [content] if content is None or isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise RequestError(400, "a message's content must be a text or a list", "messages")
+    return "\n".join(text for part in parts if (text := _part_text(part)) is not None)
+
+
+def _part_text(part: Any) -> str | None:
+    """Return the text that vLLM reads of a part; None where it leaves the part out."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    text = part.get(key) if key else part
+    if text is None or isinstance(text, str):
+        return text
+    known = ", ".join(_TEXT_PARTS)
+    raise RequestError(400, f"compliance is checked on texts: parts of {known}", "messages")
 
 
 def text_prompts(body: Mapping[str, Any]) -> list[Prompt]:
