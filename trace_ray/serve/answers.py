@@ -73,6 +73,16 @@ def event_text(row: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(row)}\n\n"
 
 
+def held_by_engine(stop: Any) -> int:
+    """Return how many characters of a reply vLLM holds back before its end.
+
+    They might begin a ``stop`` string, which is no part of the reply; logprobs and token ids are
+    not held back with them.
+    """
+    stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    return max(1, *(len(text) for text in stops if isinstance(text, str)), 1) - 1
+
+
 def retry_body(
     body: Mapping[str, Any], settings: ComplianceSettings, policy: Policy, clause: str | None
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from trace_ray.serve.answers import (
     DONE,
     add_usage,
     event_text,
+    held_by_engine,
     read_event,
     replaced_choice,
     replaced_event,
@@ -186,6 +187,7 @@ class Turn:
         tail: list[str] = []
         last: dict[str, Any] = {}
         expected = (self.body.get("n") or 1) * len(self.prompts)
+        lag = held_by_engine(self.body.get("stop"))
         ends = True
         async for event in events:
             row = read_event(event)
@@ -204,7 +206,7 @@ class Turn:
                 if index in closed:
                     continue
                 window = windows.setdefault(
-                    index, Window(settings.window_chars, settings.hold_back_chars)
+                    index, Window(settings.window_chars, settings.hold_back_chars, lag)
                 )
                 window.add(reply_text(self.kind, choice), event_text(row | {"choices": [choice]}))
                 ends = choice.get("finish_reason") is not None

@@ -21,6 +21,9 @@ class Window:
     """Characters that must have come since the last check before the next one."""
     hold_back: int | None
     """None = nothing goes out before the end."""
+    lag: int = 0
+    """Characters that the engine may have written beyond an event's text: the event's logprobs and
+    token ids tell of them already."""
     text: str = ""
     """All that has come."""
     checked: int = 0
@@ -30,6 +33,7 @@ class Window:
     sent: int = 0
     """Characters that have gone out."""
     _kept: list[tuple[int, Any]] = field(default_factory=list)
+    """Length of the text up to an event's end, and the event."""
 
     def add(self, text: str, event: Any) -> None:
         """Keep an event that ends the text with ``text``."""
@@ -46,7 +50,7 @@ class Window:
         self.checked = max(self.checked, length)
         if self.hold_back is None:
             return []
-        return self._release(self.checked - self.hold_back)
+        return self._release(self.checked - self.hold_back - self.lag)
 
     def finished(self) -> list[Any]:
         """Note that the whole reply was found to comply; return what was still kept."""

@@ -1,0 +1,95 @@
+"""One request under its mode, without an engine: what an engine sends, and what goes out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import pytest
+
+from trace_ray.config.serve import ComplianceSettings
+from trace_ray.serve.answers import DONE, event_text, held_by_engine, read_event
+from trace_ray.serve.config import ComplianceTable
+from trace_ray.serve.metrics import Metrics
+from trace_ray.serve.police import Police
+from trace_ray.serve.requests import Kind
+from trace_ray.serve.turn import Turn
+from trace_ray.types import Message
+
+CLAUSE = {"id": "c", "text": "Promise nothing.", "checks": {"must_not_match": "guaranteed"}}
+POLICY = {"id": "p", "version": "1", "clauses": [CLAUSE]}
+
+
+async def no_judge(judge: object, questions: object) -> list[float | str]:
+    raise AssertionError
+
+
+def made(kind: Kind = "chat", body: dict[str, Any] | None = None, **settings: Any) -> Turn:
+    table = ComplianceTable(
+        settings=ComplianceSettings.model_validate({"mode": "block"} | settings), policy=POLICY
+    )
+    return Turn(
+        kind=kind,
+        body=body or {},
+        model="m",
+        adapter="base",
+        mode=table.settings.mode,
+        request_id="r",
+        police=Police(table, no_judge),
+        prompts=[(Message("user", "guaranteed"),)],
+        metrics=Metrics(),
+    )
+
+
+def event(index: int, text: str, ends: str | None = None, **more: Any) -> str:
+    choice = {"index": index, "delta": {"content": text}, "finish_reason": ends}
+    return event_text({"choices": [choice | more]})
+
+
+class Sent:
+    """An engine's events, and how many of them were asked for."""
+
+    def __init__(self, events: Iterable[str]) -> None:
+        self.events, self.asked = list(events), 0
+
+    async def stream(self) -> AsyncIterator[str]:
+        for each in self.events:
+            self.asked += 1
+            yield each
+
+
+def out_of(turn: Turn, sent: Sent) -> list[dict[str, Any]]:
+    async def story() -> list[str]:
+        return [each async for each in turn.streamed(sent.stream())]
+
+    return [row for each in asyncio.run(story()) if (row := read_event(each)) is not None]
+
+
+@pytest.mark.parametrize(
+    ("stop", "held"), [(None, 0), ("ab", 1), (["a", "abcd"], 3), ([], 0), ("", 0), ([3], 0)]
+)
+def test_the_engine_holds_back_what_could_begin_a_stop_string(stop: Any, held: int) -> None:
+    assert held_by_engine(stop) == held
+
+
+def test_no_token_goes_out_before_its_text_was_judged() -> None:
+    written = "abcdefghij" * 3 + "guaranteed"
+    held = 12  # the engine writes a character ahead at a time, and keeps so many of them
+    sent = Sent(
+        event(0, written[at - held] if at >= held else "", logprobs={"content": [{"token": each}]})
+        for at, each in enumerate(written)
+    )
+    turn = made(body={"stop": "~" * (held + 1)}, window_chars=1, hold_back_chars=0)
+    sent.events += [event(0, written[-held:], "length"), DONE]
+    said, told = "", ""
+    for row in out_of(turn, sent):
+        for choice in row["choices"]:
+            said += choice["delta"]["content"]
+            told += "".join(each["token"] for each in (choice["logprobs"] or {}).get("content", ()))
+    assert told
+    assert said.startswith("abc")
+    assert written.startswith(told)
+    assert "guaranteed" not in told + said
+    assert len(told) <= len(written) - held  # what had been judged when the text went out
