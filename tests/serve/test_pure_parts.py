@@ -328,7 +328,7 @@ def test_answers_of_all_forms():
     message = {"content": "b", "reasoning_content": "a", "tool_calls": [call]}
     assert reply_text("chat", {"message": message}) == "abf{}"
     assert reply_text("chat", {"delta": {"content": None}}) == ""
-    assert reply_text("completion", {"text": "ab"}, (Message("user", "a"),)) == "b"
+    assert reply_text("completion", {"text": "ab"}) == "ab"
     event = read_event(replaced_event("chat", 1, "no", {"id": "x"}, first=True))
     assert event == {
         "id": "x",

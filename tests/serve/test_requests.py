@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from trace_ray.serve.requests import RequestError, chat_prompt, content_text, with_texts
+from trace_ray.serve.requests import (
+    RequestError,
+    chat_prompt,
+    content_text,
+    text_prompts,
+    with_texts,
+)
 
 
 def test_a_part_is_read_as_the_engine_reads_it() -> None:
@@ -45,3 +51,11 @@ def test_the_model_is_sent_the_text_that_is_judged() -> None:
     for wrong in (None, [], {}, ["a"]):
         with pytest.raises(RequestError):
             with_texts(wrong)
+
+
+def test_echo_is_true_false_or_not_said() -> None:
+    for echo in ({}, {"echo": None}, {"echo": True}, {"echo": False}):
+        assert text_prompts({"prompt": "a"} | echo)[0][0].content == "a"
+    for echo in ("false", "true", 0, 1):
+        with pytest.raises(RequestError, match="echo"):
+            text_prompts({"prompt": "a", "echo": echo})

@@ -93,3 +93,48 @@ def test_no_token_goes_out_before_its_text_was_judged() -> None:
     assert written.startswith(told)
     assert "guaranteed" not in told + said
     assert len(told) <= len(written) - held  # what had been judged when the text went out
+
+
+@pytest.mark.parametrize(
+    ("echo", "text", "label"),
+    [
+        (None, "guaranteed refund", "violates"),
+        (False, "guaranteed refund", "violates"),
+        (True, "guaranteed refund", "complies"),
+        (True, "guaranteedguaranteed refund", "violates"),
+    ],
+)
+def test_a_reply_that_begins_with_the_prompt_is_judged_whole(
+    echo: bool | None, text: str, label: str
+) -> None:
+    choice = {"index": 0, "text": text, "finish_reason": "stop"}
+
+    async def story() -> tuple[str, str]:
+        whole = await made("completion", {"echo": echo}).whole(
+            json.dumps({"choices": [choice]}), no_retry
+        )
+        streamed = made("completion", {"echo": echo}).streamed(
+            Sent([event_text({"choices": [choice]}), DONE]).stream()
+        )
+        return whole, [each async for each in streamed][-2]
+
+    whole, last = asyncio.run(story())
+    for row in (json.loads(whole), read_event(last) or {}):
+        assert row["compliance"]["verdicts"][0]["label"] == label
+
+
+async def no_retry(body: object) -> tuple[int, str]:
+    raise AssertionError
+
+
+def test_a_stream_stops_once_all_its_choices_are_cut_or_done() -> None:
+    more = [event(0, "more ") for _ in range(50)]
+    sent = Sent([event(0, "guaranteed, "), event(1, "ok", "stop"), *more, DONE])
+    rows = out_of(made(body={"n": 2}, window_chars=1, hold_back_chars=0), sent)
+    assert sent.asked == 2
+    acts = [each["acted"] for each in rows[-1]["compliance"]["verdicts"]]
+    assert acts == ["replaced", "passed"]
+    usage = event_text({"choices": [], "usage": {"completion_tokens": 2}})
+    sent = Sent([event(0, "fine", "stop"), event(1, "ok", "stop"), usage, DONE])
+    rows = out_of(made(body={"n": 2}, window_chars=1, hold_back_chars=0), sent)
+    assert [row["usage"] for row in rows if row.get("usage")] == [{"completion_tokens": 2}]

@@ -9,22 +9,14 @@ from typing import Any
 from trace_ray.config.serve import ComplianceSettings
 from trace_ray.core.policy import Policy
 from trace_ray.serve.requests import Kind, content_text
-from trace_ray.types import Prompt
 
 DONE = "data: [DONE]\n\n"
 
 
-def reply_text(kind: Kind, choice: Mapping[str, Any], prompt: Prompt = ()) -> str:
-    """Return all text of a choice, or of a stream's delta, that a user gets to see.
-
-    Args:
-        kind: Whose choice it is.
-        choice: Of an answer or of an event.
-        prompt: Of a completion: where ``echo`` repeats it, it is not part of the reply.
-    """
+def reply_text(kind: Kind, choice: Mapping[str, Any]) -> str:
+    """Return all text of a choice, or of a stream's delta, that a user gets to see."""
     if kind == "completion":
-        text = choice.get("text") or ""
-        return text.removeprefix(prompt[-1].content) if prompt else text
+        return choice.get("text") or ""
     message = choice.get("message") or choice.get("delta") or {}
     parts = [message.get("reasoning"), message.get("reasoning_content"), message.get("content")]
     for call in message.get("tool_calls") or []:

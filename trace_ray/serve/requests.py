@@ -229,8 +229,11 @@ def text_prompts(body: Mapping[str, Any]) -> list[Prompt]:
     """Return the prompts of a completion request, to judge their continuations.
 
     Raises:
-        RequestError: 400: they are token ids, which can't be judged.
+        RequestError: 400: they are token ids, which can't be judged, or it isn't plain whether the
+            replies repeat them (``echo``).
     """
+    if not isinstance(body.get("echo"), bool | None):
+        raise RequestError(400, "'echo' must be true or false", "echo")
     given = body.get("prompt")
     given = given if isinstance(given, list) else [given]
     texts = [text for text in given if isinstance(text, str)]

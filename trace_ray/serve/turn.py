@@ -95,13 +95,11 @@ class Turn:
         verdicts = sorted(self._judged, key=lambda row: row["index"])
         return {"mode": self.mode, "policy": self.policy, "verdicts": verdicts}
 
-    def _text(self, choice: dict[str, Any]) -> str:
-        return reply_text(self.kind, choice, self.prompt_of(choice["index"]))
-
     async def _settle(
         self, choice: dict[str, Any], answer: dict[str, Any], complete: Complete
     ) -> dict[str, Any]:
-        index, reply = choice["index"], self._text(choice)
+        index = choice["index"]
+        reply = self._unechoed(index, reply_text(self.kind, choice))
         prompt, settings = self.prompt_of(index), self.police.settings
         judged = await self.police.judge(prompt, reply)
         act, retried = act_on(settings, self.mode, judged.verdict.label), None
@@ -184,11 +182,11 @@ class Turn:
         settings = self.police.settings
         windows: dict[int, Window] = {}
         closed: set[int] = set()
+        ended: set[int] = set()
         tail: list[str] = []
         last: dict[str, Any] = {}
         expected = (self.body.get("n") or 1) * len(self.prompts)
         lag = held_by_engine(self.body.get("stop"))
-        ends = True
         async for event in events:
             row = read_event(event)
             if event == DONE:
@@ -203,13 +201,15 @@ class Turn:
             last = row
             for choice in row["choices"]:
                 index = choice["index"]
+                ends = choice.get("finish_reason") is not None
+                if ends:
+                    ended.add(index)
                 if index in closed:
                     continue
                 window = windows.setdefault(
                     index, Window(settings.window_chars, settings.hold_back_chars, lag)
                 )
                 window.add(reply_text(self.kind, choice), event_text(row | {"choices": [choice]}))
-                ends = choice.get("finish_reason") is not None
                 fit = await self._advance(index, window, row, ends=ends)
                 if window.sent:
                     self._out[index] = window.text[: window.sent]
@@ -217,8 +217,8 @@ class Turn:
                     yield out
                 if ends or self._is_decided(index):
                     closed.add(index)
-            if len(closed) == expected and not ends:
-                # Cut short: whoever closes this stream stops the engine.
+            if len(closed) == expected and closed > ended:
+                # Some were cut short: whoever closes this stream stops the engine.
                 break
         for out in tail:
             yield out
@@ -314,7 +314,7 @@ class Turn:
         texts = {
             "prompt": [turn.to_row() for turn in self.prompt_of(index)],
             "response": reply,
-            "retried": self._text(retried.choice) if retried and act is Act.RETRIED else "",
+            "retried": reply_text("chat", retried.choice) if retried and act is Act.RETRIED else "",
             "reason": judged.verdict.reason,
         }
         self.records.keep(row, texts)
