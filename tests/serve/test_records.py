@@ -1,12 +1,17 @@
-"""The writer of records from several threads, and over a deploy."""
+"""The writer of records: from several threads, over a deploy, and what it keeps of long texts."""
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from pathlib import Path
 
+import pytest
+
 from trace_ray.config.serve import Records
-from trace_ray.serve.records import RecordWriter, read_records
+from trace_ray.serve.harvest import harvest
+from trace_ray.serve.records import RecordWriter, Redactor, read_records
 
 
 def test_rows_that_come_while_another_thread_finishes_files_are_all_kept(tmp_path: Path) -> None:
@@ -45,3 +50,33 @@ def test_a_writer_is_kept_for_the_settings_it_has(tmp_path: Path) -> None:
     assert not writer.is_for(str(tmp_path / "other"), settings)
     assert not writer.is_for(None, settings)
     assert RecordWriter.of(None, settings, lambda: None) is None
+
+
+@pytest.mark.parametrize(
+    "run", ["a", "a@", "@", "a.", "a@b.", "1(", "1-", "1 ", "1", "1_", "(" * 9 + "1x"], ids=repr
+)
+def test_no_text_takes_long_to_redact(run: str) -> None:
+    redact, text = Redactor(Records().redact), run * (200_000 // len(run))
+    for each in (text, f"a@{text}", f"1{text}", f"{text}x"):
+        started = time.monotonic()
+        redact(each)
+        assert time.monotonic() - started < 2  # quadratic ones take minutes
+
+
+def test_of_a_long_text_the_beginning_is_kept_and_the_row_says_so(tmp_path: Path) -> None:
+    writer = RecordWriter(str(tmp_path), Records(texts=True, rows=1, text_chars=1000))
+    row = {"type": "decision", "request_id": "r", "index": 0, "model": "m", "label": "violates"}
+    prompt = [{"role": "user", "content": "x" * 1000}]
+    texts = {"prompt": prompt, "response": "bad", "retried": "good"}
+    long = "y " * 495 + "me@example.org"  # the cut comes before its dot
+    writer.write(row, texts)
+    writer.write(row | {"request_id": "s"}, texts | {"response": long})
+    longer = [*prompt, {"role": "user", "content": "x" * 1001}]
+    writer.write(row | {"request_id": "t"}, texts | {"prompt": longer})
+    whole, reply, asked = read_records(tmp_path)
+    assert (whole["prompt"], "cut" in whole) == (prompt, False)
+    assert (reply["response"], reply["cut"]) == (long[:800], ["response"])
+    assert (asked["prompt"][1]["content"], asked["cut"]) == ("x" * 800, ["prompt"])
+    counts = harvest(tmp_path, tmp_path / "pairs.jsonl")
+    assert (counts["retried"], counts["without_texts"]) == (1, 2)
+    assert json.loads((tmp_path / "pairs.jsonl").read_text())["source"] == "m:r:0"

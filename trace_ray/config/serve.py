@@ -75,12 +75,15 @@ class Records(Section):
     """Keep prompts and replies, redacted; without them there is nothing to harvest."""
     redact: dict[str, str] = Field(
         default={
-            "email": r"[\w.+-]+@[\w-]+\.[\w.-]+",
+            "email": r"(?<![\w.+-])[\w.+-]++@[\w-]++\.[\w.-]+",
             "card": r"\b(?:\d[ -]?){13,19}\b",
             "phone": r"(?<!\w)\+?\d[\d ()-]{7,}\d\b",
         }
     )
-    """Name -> regular expression: each match in a kept text becomes ``[name]``."""
+    """Name -> regular expression: each match in a kept text becomes ``[name]``. Nothing else is
+    answered while one is searched for: a slow pattern holds up the endpoint."""
+    text_chars: int = Field(default=20_000, ge=1000)
+    """Of a longer text (one message, one reply) the beginning is kept; the row's ``cut`` says so."""
     rows: int = Field(default=10_000, ge=1)
     """A file of so many rows is closed ..."""
     seconds: float = Field(default=300, gt=0)

@@ -65,7 +65,8 @@ async def edit(call: Call, records: RecordWriter | None) -> JSONResponse:
     """Record ``{model, request_id, response[, index]}``.
 
     Raises:
-        RequestError: 400: wrong types; 409: no texts are kept; 503: the disk takes it not.
+        RequestError: 400: wrong types, or too long to be kept; 409: no texts are kept; 503: the
+            disk takes it not.
     """
     request_id, reply = call.body.get("request_id"), call.body.get("response")
     index = call.body.get("index", 0)
@@ -75,6 +76,8 @@ async def edit(call: Call, records: RecordWriter | None) -> JSONResponse:
         raise RequestError(400, "'index' must be a whole number", "index")
     if records is None or not records.keeps_texts:
         raise RequestError(409, "this endpoint keeps no texts (records.texts)", None)
+    if len(reply) > records.text_chars:
+        raise RequestError(400, f"at most {records.text_chars} characters are kept", "response")
     row = {"type": "edit", "time": round(time.time(), 3), "model": call.route.model}
     row |= {"request_id": request_id[:64], "index": index}
     if not records.keep(row, {"response": reply}):

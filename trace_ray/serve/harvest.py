@@ -18,6 +18,9 @@ from trace_ray.runtime.store import write_text
 from trace_ray.serve.records import read_records
 from trace_ray.types import Label, PreferencePair, prompt_from_rows
 
+_LEARNT = {"prompt", "response", "retried"}
+"""Texts that a pair is made of."""
+
 
 def harvest(folder: Path, out: Path) -> Counter[str]:
     """Write one preference pair per recorded reply that has a correction.
@@ -31,8 +34,8 @@ def harvest(folder: Path, out: Path) -> Counter[str]:
 
     Returns:
         How many ``edited`` and ``retried`` pairs were written, how many violations were
-        ``uncorrected`` or ``without_texts``, how many pairs were a ``repeated`` one, and how many
-        edits name an ``unknown_request``.
+        ``uncorrected`` or ``without_texts`` (also where one was cut), how many pairs were a
+        ``repeated`` one, and how many edits name an ``unknown_request``.
 
     Raises:
         DataError: there are no records, or a file of them is damaged.
@@ -72,7 +75,7 @@ def _pair(row: Mapping[str, Any], edit: str | None) -> tuple[str, PreferencePair
     if edit is None and not violates:
         return "complies", None
     reply = row.get("response")
-    if not reply or not row.get("prompt"):
+    if not reply or not row.get("prompt") or _LEARNT & set(row.get("cut", ())):
         return "without_texts", None
     better = edit or row.get("retried")
     if not better or better == reply:

@@ -27,6 +27,8 @@ _DRAFT = ".decisions-"
 _log = logging.getLogger("ray.serve")
 RECENT_ROWS, RECENT_FILES, RECENT_BYTES = 5000, 500, 16_000_000
 """Most rows that are kept in sight, files and bytes that one look reads."""
+_TORN = 200
+"""Characters left out before a cut: the beginning of a match that the cut has torn apart."""
 _SHOWN = ("type", "time", "request_id", "model", "name", "adapter", "policy", "label", "clause")
 _SHOWN += ("acted", "judge_s", "failed", "request_s")
 _IS_OURS = re.compile(r"decisions-.*\.jsonl").fullmatch
@@ -89,6 +91,11 @@ class RecordWriter:
         """Whether texts are kept."""
         return self._settings.texts
 
+    @property
+    def text_chars(self) -> int:
+        """Characters up to which a text is kept whole."""
+        return self._settings.text_chars
+
     def keep(self, row: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> bool:
         """Write a row and return whether it was; a full disk is counted and told, and fails nobody."""
         try:
@@ -118,6 +125,8 @@ class RecordWriter:
     def write(self, row: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> None:
         """Add one decision; ``texts`` are kept, redacted, where the settings allow it.
 
+        Of a long one only the beginning is kept, and the row's ``cut`` names it.
+
         Args:
             row: JSON values without any text of a user or a model.
             texts: ``prompt`` (messages) and texts by name.
@@ -127,6 +136,8 @@ class RecordWriter:
         """
         if self._settings.texts and texts is not None:
             row = dict(row) | {name: self._kept(value) for name, value in texts.items()}
+            if cut := [name for name, value in texts.items() if self._is_long(value)]:
+                row["cut"] = cut
         line = f"{json.dumps(row)}\n".encode()
         with self._one:
             if self._file is None:
@@ -153,12 +164,21 @@ class RecordWriter:
 
     def _kept(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._redact(value)
+            if not self._is_long(value):
+                return self._redact(value)
+            return self._redact(value[: self.text_chars])[:-_TORN]
         if isinstance(value, list):
             return [self._kept(item) for item in value]
         if isinstance(value, dict):
             return {name: self._kept(item) for name, item in value.items()}
         return value
+
+    def _is_long(self, value: Any) -> bool:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return any(self._is_long(item) for item in value)
+        return isinstance(value, str) and len(value) > self.text_chars
 
     def _open(self) -> BinaryIO:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.{time.time_ns() % 10**9:09d}"
