@@ -16,7 +16,7 @@ SOUND: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
     "prompt": "hi",
     "response": "Hello.",
-    "request_id": "none",
+    "request_id": "0" * 32,
     "max_tokens": 1,
 }
 

@@ -23,6 +23,7 @@ from trace_ray.serve.requests import MAX_DEPTH
 from .served_models import MESSAGE, POLICY, Post
 
 CHECK = "x-trace-ray-compliance"
+REQUEST = "x-trace-ray-request-id"
 
 
 def _body(model: str, text: str, **more: Any) -> dict[str, Any]:
@@ -66,14 +67,14 @@ def test_annotate_adds_the_verdict_and_keeps_the_reply(post: Post, folder: Path)
     )
     assert verdict["judge"].startswith("rules@")
     assert (headers[CHECK], headers["x-trace-ray-policy"]) == ("annotate", "tiny 1")
-    row = _records(folder, headers["x-request-id"])[0]
+    row = _records(folder, headers[REQUEST])[0]
     assert (row["acted"], row["adapter"], row["mode"]) == ("passed", "base", "annotate")
     assert row["prompt"][0]["content"] == "a trigger, [email]"
     assert row["response"] == answer["choices"][0]["message"]["content"]
     assert (row["shadow"]["policy"], row["shadow"]["label"]) == ("tiny 2", "violates")
     _, answer, headers = post("chat/completions", _body("noted", "hello"))
     assert answer["compliance"]["verdicts"][0]["label"] == "complies"
-    row = _records(folder, headers["x-request-id"])[0]
+    row = _records(folder, headers[REQUEST])[0]
     assert (row["label"], row["shadow"]["label"]) == ("complies", "violates")
 
 
@@ -89,7 +90,7 @@ def test_every_part_that_the_model_reads_is_judged(post: Post, folder: Path, par
     body = _body("guarded", "") | {"messages": [{"role": "user", "content": [part]}]}
     _, answer, headers = post("chat/completions", body)
     assert answer["choices"][0]["message"]["content"] == MESSAGE
-    row = _records(folder, headers["x-request-id"])[0]
+    row = _records(folder, headers[REQUEST])[0]
     assert row["prompt"] == [{"role": "user", "content": "a trigger"}]
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     body["messages"] = [{"role": "user", "content": ["hello", image]}]
@@ -229,7 +230,7 @@ def test_completions_are_judged_too(post: Post) -> None:
 def test_shadow_judges_after_the_reply(post: Post, folder: Path) -> None:
     _, answer, headers = post("chat/completions", _body("watched", "a trigger"))
     assert "compliance" not in answer
-    row = _records(folder, headers["x-request-id"])[0]
+    row = _records(folder, headers[REQUEST])[0]
     assert (row["label"], row["acted"], row["mode"]) == ("violates", "passed", "shadow")
 
 
@@ -256,7 +257,7 @@ def test_what_a_client_got_that_left_early_is_judged(
             said += choice["delta"].get("content") or ""
     answer.close()
     connection.close()
-    (row,) = _records(folder, answer.headers["x-request-id"])
+    (row,) = _records(folder, answer.headers[REQUEST])
     assert (row["acted"], row["label"], row["adapter"]) == ("broken_off", label, "base")
     assert row["response"].startswith(said)
 
@@ -277,10 +278,19 @@ def test_an_edit_becomes_a_pair_of_the_next_realignment(
     post: Post, folder: Path, tmp_path: Path, config: ServeConfig
 ) -> None:
     _, answer, headers = post("chat/completions", _body("noted", "a trigger to be edited"))
-    said, request_id = answer["choices"][0]["message"]["content"], headers["x-request-id"]
+    said, request_id = answer["choices"][0]["message"]["content"], headers[REQUEST]
     assert _records(folder, request_id)
+    assert headers.get_all(REQUEST) == [request_id]
     edit = {"model": "noted", "request_id": request_id, "response": "I had rather not."}
     assert post("compliance/edits", edit)[1] == {"recorded": True}
+    wrong = (
+        {"request_id": f"{request_id}, {headers['x-request-id']}"},
+        {"request_id": headers["x-request-id"]},  # Ray Serve's
+        {"response": "x" * 20_001},
+    )
+    for each in wrong:
+        status, answer, _ = post("compliance/edits", edit | each)
+        assert (status, answer["error"]["param"]) == (400, *each)
     (tmp_path / "policy.yaml").write_text(yaml.safe_dump(POLICY))
     (tmp_path / "pairs.jsonl").touch()
     section = {
@@ -301,7 +311,7 @@ def test_an_edit_becomes_a_pair_of_the_next_realignment(
 
 
 def test_a_disk_that_takes_no_record_fails_no_reply(post: Post, folder: Path, url: str) -> None:
-    edit = {"model": "noted", "request_id": "nobody", "response": "Better."}
+    edit = {"model": "noted", "request_id": "0" * 32, "response": "Better."}
     (folder / "records").rename(folder / "away")
     try:
         status, answer, _ = post("chat/completions", _body("noted", "a trigger"))

@@ -21,6 +21,8 @@ from trace_ray.serve.replica import BASE_NAME
 from trace_ray.serve.requests import Kind, error_row
 
 KEY_HEADER = "x-request-key"
+REQUEST_ID = r"[0-9a-f]{32}"
+"""Form of the ids that requests are given."""
 CLIENT_LEFT = 499
 """Status that is counted where the client didn't wait."""
 _log = logging.getLogger("ray.serve")

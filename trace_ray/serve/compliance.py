@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from trace_ray.serve.calls import Call
+from trace_ray.serve.calls import REQUEST_ID, Call
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.police import Police
 from trace_ray.serve.records import RecordWriter
@@ -65,13 +66,16 @@ async def edit(call: Call, records: RecordWriter | None) -> JSONResponse:
     """Record ``{model, request_id, response[, index]}``.
 
     Raises:
-        RequestError: 400: wrong types, or too long to be kept; 409: no texts are kept; 503: the
+        RequestError: 400: wrong types, no id of ours, too long to be kept; 409: no texts are kept; 503: the
             disk takes it not.
     """
     request_id, reply = call.body.get("request_id"), call.body.get("response")
     index = call.body.get("index", 0)
     if not isinstance(request_id, str) or not isinstance(reply, str) or not reply.strip():
         raise RequestError(400, "'request_id' and 'response' must be texts", "request_id")
+    if not re.fullmatch(REQUEST_ID, request_id):
+        message = "'request_id' must be an answer's x-trace-ray-request-id"
+        raise RequestError(400, message, "request_id")
     if isinstance(index, bool) or not isinstance(index, int):
         raise RequestError(400, "'index' must be a whole number", "index")
     if records is None or not records.keeps_texts:
@@ -79,7 +83,7 @@ async def edit(call: Call, records: RecordWriter | None) -> JSONResponse:
     if len(reply) > records.text_chars:
         raise RequestError(400, f"at most {records.text_chars} characters are kept", "response")
     row = {"type": "edit", "time": round(time.time(), 3), "model": call.route.model}
-    row |= {"request_id": request_id[:64], "index": index}
+    row |= {"request_id": request_id, "index": index}
     if not records.keep(row, {"response": reply}):
         message = "the edit can't be recorded now; send it again"
         raise RequestError(503, message, None, "ServiceUnavailableError", retry_after_s=30)

@@ -58,7 +58,8 @@ from trace_ray.serve.turn import Turn
 
 ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
-REQUEST_HEADER = "x-request-id"
+REQUEST_HEADER = "x-trace-ray-request-id"
+"""Ours: Ray Serve sends an ``x-request-id`` of its own."""
 FIRST_LOOK_S = 15
 """Longest time that a start waits for the registry."""
 

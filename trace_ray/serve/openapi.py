@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from trace_ray.config.serve import Mode
+from trace_ray.serve.calls import REQUEST_ID
 from trace_ray.serve.engines import Engines
 from trace_ray.serve.requests import COMPLIANCE_FIELD, MODE_HEADER
 from trace_ray.types import ROLES
@@ -53,7 +54,7 @@ _OURS: dict[str, Schema] = {
     "ComplianceEditRequest": _object(
         "model request_id response",
         model=_TEXT,
-        request_id=_TEXT,
+        request_id=_TEXT | {"pattern": f"^{REQUEST_ID}$"},
         response=_TEXT | {"pattern": r"\S"},
         index={"type": "integer", "default": 0},
     ),
