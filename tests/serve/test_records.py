@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -50,6 +51,36 @@ def test_a_writer_is_kept_for_the_settings_it_has(tmp_path: Path) -> None:
     assert not writer.is_for(str(tmp_path / "other"), settings)
     assert not writer.is_for(None, settings)
     assert RecordWriter.of(None, settings, lambda: None) is None
+
+
+def test_drafts_that_nobody_goes_on_with_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, lives = os.uname().nodename, os.getpid()
+    writers = (f"another-host-{lives}", f"another-{here}-99999999", f"{here}-99999999")
+    for n, writer in enumerate(writers):
+        draft = tmp_path / f".decisions-20260101T000000.000000000-{writer}-abcdef.jsonl"
+        draft.write_text(f'{{"n": {n}}}\n')
+    writer = RecordWriter(str(tmp_path), Records())
+    assert [row["n"] for row in read_records(tmp_path)] == [2]  # dead, on this host
+    writer.write({"n": 3})
+    for draft in tmp_path.glob(".decisions-*another*"):
+        os.utime(draft, (time.time() - 4000,) * 2)
+    monkeypatch.setattr(time, "monotonic", lambda: writer._opened + 200)
+    writer.tidy(close=False)
+    assert [row["n"] for row in read_records(tmp_path)] == [2]  # not at every look
+    monkeypatch.setattr(time, "monotonic", lambda: writer._opened + 1000)
+    writer.tidy(close=False)
+    assert {row["n"] for row in read_records(tmp_path)} == {0, 1, 2, 3}
+    assert not list(tmp_path.glob(".decisions-*"))
+
+
+def test_a_row_that_comes_after_the_end_is_not_left_in_a_draft(tmp_path: Path) -> None:
+    writer = RecordWriter(str(tmp_path), Records())
+    writer.write({"n": 1})
+    writer.end()
+    writer.write({"n": 2})
+    assert [row["n"] for row in read_records(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(

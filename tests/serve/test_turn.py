@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trace_ray.config.serve import ComplianceSettings
+from trace_ray.config.serve import ComplianceSettings, Records
 from trace_ray.serve.answers import DONE, event_text, held_by_engine, read_event
 from trace_ray.serve.config import ComplianceTable
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.police import Police
+from trace_ray.serve.records import RecordWriter, read_records
 from trace_ray.serve.requests import Kind
-from trace_ray.serve.turn import Turn
+from trace_ray.serve.turn import Turn, settle_background
 from trace_ray.types import Message
 
 CLAUSE = {"id": "c", "text": "Promise nothing.", "checks": {"must_not_match": "guaranteed"}}
@@ -28,7 +30,9 @@ async def no_judge(judge: object, questions: object) -> list[float | str]:
 
 def made(kind: Kind = "chat", body: dict[str, Any] | None = None, **settings: Any) -> Turn:
     table = ComplianceTable(
-        settings=ComplianceSettings.model_validate({"mode": "block"} | settings), policy=POLICY
+        settings=ComplianceSettings.model_validate({"mode": "block"} | settings),
+        policy=POLICY,
+        shadow_policy=POLICY | {"version": "2"},
     )
     return Turn(
         kind=kind,
@@ -41,6 +45,12 @@ def made(kind: Kind = "chat", body: dict[str, Any] | None = None, **settings: An
         prompts=[(Message("user", "guaranteed"),)],
         metrics=Metrics(),
     )
+
+
+def kept(turn: Turn, folder: Path) -> list[dict[str, Any]]:
+    assert turn.records is not None
+    turn.records.end()
+    return list(read_records(folder))
 
 
 def event(index: int, text: str, ends: str | None = None, **more: Any) -> str:
@@ -138,3 +148,46 @@ def test_a_stream_stops_once_all_its_choices_are_cut_or_done() -> None:
     sent = Sent([event(0, "fine", "stop"), event(1, "ok", "stop"), usage, DONE])
     rows = out_of(made(body={"n": 2}, window_chars=1, hold_back_chars=0), sent)
     assert [row["usage"] for row in rows if row.get("usage")] == [{"completion_tokens": 2}]
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "shadow"), [(0.05, {"policy": "p 2", "label": "violates"}), (60.0, None)]
+)
+def test_a_stop_waits_for_the_next_policys_verdict_but_not_for_long(
+    tmp_path: Path, takes_s: float, shadow: dict[str, str] | None
+) -> None:
+    turn = made()
+    turn.records, judge = RecordWriter(str(tmp_path), Records()), turn.police.judge_shadow
+
+    async def slow(*exchange: Any) -> Any:
+        await asyncio.sleep(takes_s)
+        return await judge(*exchange)
+
+    turn.police.judge_shadow = slow
+
+    async def story() -> None:
+        message = {"content": "guaranteed"}
+        await turn.whole(json.dumps({"choices": [{"index": 0, "message": message}]}), no_retry)
+        assert not list(tmp_path.iterdir())
+        await settle_background(0.5)
+
+    asyncio.run(story())
+    (row,) = kept(turn, tmp_path)
+    assert (row["label"], row["acted"]) == ("violates", "replaced")
+    assert row["shadow"] == shadow or row["shadow"].items() >= (shadow or {}).items()
+
+
+def test_a_stop_waits_for_what_is_judged_after_its_reply(tmp_path: Path) -> None:
+    turn = made(mode="shadow")
+    turn.records = RecordWriter(str(tmp_path), Records())
+
+    async def story() -> None:
+        await turn.whole(
+            json.dumps({"choices": [json.loads(event(0, "guaranteed", "stop")[6:])["choices"][0]]}),
+            no_retry,
+        )
+        await settle_background(5)
+
+    asyncio.run(story())
+    (row,) = kept(turn, tmp_path)
+    assert (row["label"], row["shadow"]["label"]) == ("violates", "violates")

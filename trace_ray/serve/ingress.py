@@ -54,7 +54,7 @@ from trace_ray.serve.requests import (
 )
 from trace_ray.serve.storage import RecordSender
 from trace_ray.serve.table import NameTable
-from trace_ray.serve.turn import Turn
+from trace_ray.serve.turn import Turn, settle_background
 
 ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
@@ -62,6 +62,8 @@ REQUEST_HEADER = "x-trace-ray-request-id"
 """Ours: Ray Serve sends an ``x-request-id`` of its own."""
 FIRST_LOOK_S = 15
 """Longest time that a start waits for the registry."""
+SETTLE_S = 5
+"""Longest time that a stop waits for verdicts under way."""
 
 api = FastAPI(title="trace-ray", version=__version__, openapi_url=None)
 api.include_router(described)
@@ -135,7 +137,7 @@ class Ingress(DescribedRoute, DashboardRoutes):
         # One that goes on as it was stays: requests under way hold it.
         if self._records is None or not self._records.is_for(folder, settings):
             if self._records is not None:
-                self._records.tidy(close=True)
+                self._records.end()
             self._records = RecordWriter.of(folder, settings, self._metrics.record_lost)
         self._sender = RecordSender.of(user_config["bucket"], folder)
         files = None if follow is None else Follow.model_validate(follow).rollout
@@ -376,11 +378,12 @@ class Ingress(DescribedRoute, DashboardRoutes):
             records=self._records,
         )
 
-    def __del__(self) -> None:
-        """Finish the file of records, and send it."""
+    async def __del__(self) -> None:
+        """Finish what is judged after its reply, then the file of records, and send it."""
+        await settle_background(SETTLE_S)
         records = getattr(self, "_records", None)
         if records is not None:
-            records.tidy(close=True)
+            records.end()
         sender = getattr(self, "_sender", None)
         if sender is not None:
             sender.send()

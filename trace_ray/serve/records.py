@@ -27,10 +27,15 @@ _DRAFT = ".decisions-"
 _log = logging.getLogger("ray.serve")
 RECENT_ROWS, RECENT_FILES, RECENT_BYTES = 5000, 500, 16_000_000
 """Most rows that are kept in sight, files and bytes that one look reads."""
+_RECOVER_EVERY_S = 600.0
+_LEAST_ABANDONED_S = 3600.0
+"""Age from which a draft that nobody writes is another writer's no more."""
 _TORN = 200
 """Characters left out before a cut: the beginning of a match that the cut has torn apart."""
 _SHOWN = ("type", "time", "request_id", "model", "name", "adapter", "policy", "label", "clause")
 _SHOWN += ("acted", "judge_s", "failed", "request_s")
+_OF_DRAFT = re.compile(r"\.decisions-[^-]*-(.*)-(\d+)-[^-]*\.jsonl").fullmatch
+"""Name of a draft -> the host and the process of its writer."""
 _IS_OURS = re.compile(r"decisions-.*\.jsonl").fullmatch
 
 
@@ -57,7 +62,7 @@ class RecordWriter:
     def __init__(
         self, folder: str, settings: Records, lost: Callable[[], None] = lambda: None
     ) -> None:
-        """Make the folder and finish the drafts of writers that died on this host.
+        """Make the folder and finish the drafts of writers that died.
 
         Args:
             folder: of all records.
@@ -71,7 +76,7 @@ class RecordWriter:
         self._one = threading.RLock()
         self._file: BinaryIO | None = None
         self._draft = self._folder
-        self._rows, self._opened = 0, 0.0
+        self._rows, self._opened, self._ended = 0, 0.0, False
         self._folder.mkdir(parents=True, exist_ok=True)
         self._recover()
 
@@ -111,8 +116,15 @@ class RecordWriter:
         """Rotate; what the disk refuses is told and tried again the next time."""
         try:
             self.rotate(close=close)
+            if time.monotonic() - self._recovered >= _RECOVER_EVERY_S:
+                self._recover()
         except OSError as error:
             self._told(error)
+
+    def end(self) -> None:
+        """Finish the current file; a row that comes later is a file of its own."""
+        self._ended = True
+        self.tidy(close=True)
 
     def _told(self, error: OSError | None) -> None:
         problem = "" if error is None else f"records can't be written: {error.strerror}"
@@ -155,7 +167,8 @@ class RecordWriter:
         """
         with self._one:
             old = time.monotonic() - self._opened >= self._settings.seconds
-            if self._file is None or not (close or old or self._rows >= self._settings.rows):
+            full = self._rows >= self._settings.rows
+            if self._file is None or not (close or self._ended or old or full):
                 return
             os.fsync(self._file.fileno())
             self._file.close()
@@ -188,10 +201,17 @@ class RecordWriter:
         return self._draft.open("ab", buffering=0)
 
     def _recover(self) -> None:
-        for draft in self._folder.glob(f"{_DRAFT}*-{socket.gethostname()}-*.jsonl"):
-            pid = int(draft.name.rsplit("-", 2)[1])
-            if not os.path.exists(f"/proc/{pid}"):
-                draft.rename(draft.with_name(draft.name.removeprefix(".")))
+        """Finish the drafts whose writers are dead, or can't be seen and have long written nothing."""
+        self._recovered = time.monotonic()
+        # A writer that lives has finished its draft by then, or written to it.
+        abandoned = time.time() - max(_LEAST_ABANDONED_S, 4 * self._settings.seconds)
+        for draft in self._folder.glob(f"{_DRAFT}*.jsonl"):
+            found = _OF_DRAFT(draft.name)
+            host, pid = found.groups() if found else ("", "")
+            with suppress(FileNotFoundError):  # another writer was here first
+                dead = host == socket.gethostname() and not os.path.exists(f"/proc/{pid}")
+                if dead or draft.stat().st_mtime < abandoned:
+                    draft.rename(draft.with_name(draft.name.removeprefix(".")))
 
 
 def _append(file: BinaryIO, line: bytes) -> None:

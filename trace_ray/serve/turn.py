@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +36,21 @@ Complete = Callable[[dict[str, Any]], Awaitable[tuple[int, str]]]
 MAX_LATER = 500
 """Verdicts under way after their replies have gone; more are left out, and counted."""
 _background: set[asyncio.Task[None]] = set()
+
+
+async def settle_background(seconds: float) -> None:
+    """Wait for the verdicts that are under way after their replies; end those that take longer.
+
+    What was decided before its time ran out is recorded all the same.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while _background:  # a verdict that is had may have another judged beside it
+                await asyncio.wait(_background)
+    left = list(_background)
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 class _Retried(NamedTuple):
@@ -272,7 +288,11 @@ class Turn:
         self.metrics.acted(self.model, act)
 
         async def beside() -> None:
-            shadow = await self.police.judge_shadow(self.prompt_of(index), reply)
+            try:
+                shadow = await self.police.judge_shadow(self.prompt_of(index), reply)
+            except asyncio.CancelledError:  # the endpoint stops: the enforced verdict stays
+                self._record(index, reply, judged, act, retried, None)
+                raise
             assert shadow is not None
             name = self.police.shadow_name
             self.metrics.shadow(self.model, name, shadow, judged)
