@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from trace_ray.config import EngineConfig
 from trace_ray.config.judge import JudgeConfig
 from trace_ray.config.serve import ComplianceSettings
 from trace_ray.core.policy import Policy
@@ -15,6 +16,7 @@ from trace_ray.runtime.judges import JudgeSpec
 from trace_ray.serve.config import ComplianceTable, RemoteJudge, ServedJudge
 from trace_ray.serve.fleet import _judges
 from trace_ray.serve.police import Police
+from trace_ray.serve.replica import MAX_TOKEN_CHARS, EngineReplica
 from trace_ray.types import Message
 
 KIND = {"id": "p", "version": "1", "clauses": [{"id": "c", "text": "Be kind."}]}
@@ -125,3 +127,15 @@ def test_a_cascade_is_served_as_far_as_it_can_be():
         _judges(spec("quorum", spec("openai"), judges=judges))
     with pytest.raises(ConfigError, match="cheapest first"):
         _judges(spec("cascade", spec("openai"), small, judges=judges))
+
+
+def test_what_can_only_be_too_long_is_not_tokenized() -> None:
+    replica = EngineReplica("/no/base", None, EngineConfig(max_model_len=128).model_dump())
+
+    def question(chars: int) -> list[list[dict[str, str]]]:
+        return [[{"role": "user", "content": "a" * chars}]]
+
+    too_long = "longer than the judge's 128 tokens"
+    assert asyncio.run(replica.judge(None, question(128 * MAX_TOKEN_CHARS + 1))) == [too_long]
+    (answer,) = asyncio.run(replica.judge(None, question(128 * MAX_TOKEN_CHARS)))
+    assert answer != too_long  # here its tokenizer was asked for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,6 +13,11 @@ from typing import Any
 
 import openapi_spec_validator
 import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+
+from trace_ray.serve import protocol
+from trace_ray.serve.openapi import DescribedRoute
 
 from .served_models import Post
 
@@ -47,6 +53,31 @@ def test_the_document_describes_what_is_sent_and_answered(document: dict[str, An
         "/v1/models",
         "/v1/models/{name}",
     }
+
+
+def test_the_document_is_made_once() -> None:
+    class Counted(DescribedRoute):
+        def __init__(self) -> None:
+            self._engines: Any = self
+            self.asked = 0
+
+        async def schemas(self, ref_template: str) -> dict[str, dict[str, Any]]:
+            self.asked += 1
+            return {f"{kind}CompletionRequest": {"properties": {}} for kind in ("Chat", "")}
+
+    request = Request({"type": "http", "app": FastAPI()})
+
+    async def twice() -> list[bytes]:
+        return [bytes((await route.openapi(request)).body) for _ in range(2)]
+
+    route = Counted()
+    first, again = asyncio.run(twice())
+    assert first == again
+    assert json.loads(first)["components"]
+    assert route.asked == 1
+    assert protocol.schemas("#/{model}") is protocol.schemas(
+        "#/{model}"
+    )  # also where many ask at once
 
 
 def test_the_endpoint_is_as_its_document_says(url: str, post: Post, tmp_path: Path) -> None:

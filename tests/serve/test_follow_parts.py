@@ -166,6 +166,36 @@ def test_a_slow_download_holds_up_no_other_move() -> None:
     asyncio.run(story())
 
 
+def test_a_model_that_is_registered_anew_is_read_anew() -> None:
+    """MLflow counts its versions from 1 again."""
+
+    async def story() -> None:
+        fleet, first, again = Registered(), asyncio.Event(), {1: TWO}
+        fleet.adapter = lambda model, version: again[version]  # type: ignore[method-assign]
+
+        async def load(base: str, row: dict[str, str]) -> None:
+            if row["id"] == THREE.id:
+                await first.wait()
+
+        follower = Follower(fleet, 0.02, [MODEL], load, Metrics())
+        fleet.names(champion=1)
+        await follower.look()
+        assert led(follower)["m"] == TWO.id
+        fleet.view_now, again[1] = FleetView({}, {}), THREE
+        await follower.look()
+        assert led(follower)["m"] == TWO.id  # its model is gone: it serves on
+        fleet.names(champion=1)
+        await follower.look()  # the new one is being loaded ...
+        fleet.view_now, again[1] = FleetView({}, {}), ONE
+        await follower.look()
+        fleet.names(champion=1)
+        first.set()
+        await follower.look()  # ... and was deleted before it was
+        assert led(follower)["m"] == ONE.id
+
+    asyncio.run(story())
+
+
 def test_a_name_is_never_given_other_weights() -> None:
     other = ONE.model_copy(update={"sha256": "f" * 64})
     with pytest.raises(ValueError, match="need a new id"):

@@ -229,6 +229,10 @@ class Follower:
         )
         wanted = {(name, v) for name, each in view.aliases.items() for v in each.values()}
         self._refused = {key: each for key, each in self._refused.items() if key in wanted}
+        # A registered model that is deleted and made anew counts its versions from 1 again.
+        self._ready = {key: each for key, each in self._ready.items() if key in wanted}
+        for key in self._work.keys() - wanted:
+            self._work.pop(key).cancel()
         table = NameTable.of(models, view.splits)
         for name, route in table.routes.items():
             was = self.table.routes.get(name)

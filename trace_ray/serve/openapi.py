@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from trace_ray.config.serve import Mode
@@ -137,9 +137,13 @@ class DescribedRoute:
     """The document's own route, for an ingress that has engines."""
 
     _engines: Engines
+    _document: bytes = b""
+    """As it is sent; empty = nobody has asked yet. It stays as it is while the process lives."""
 
     @described.get("/openapi.json", include_in_schema=False)
-    async def openapi(self, request: Request) -> JSONResponse:
+    async def openapi(self, request: Request) -> Response:
         """Send the document; it names no model, so that no key is asked for."""
-        schemas = await self._engines.schemas(PREFIX + "{model}")
-        return JSONResponse(document(request.app.openapi(), schemas))
+        if not self._document:
+            schemas = await self._engines.schemas(PREFIX + "{model}")
+            self._document = bytes(JSONResponse(document(request.app.openapi(), schemas)).body)
+        return Response(self._document, media_type="application/json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 
@@ -23,6 +24,7 @@ def request_of(kind: str, body: Mapping[str, Any]) -> Any:
     return ChatCompletionRequest(**body) if kind == "chat" else CompletionRequest(**body)
 
 
+@cache
 def schemas(ref_template: str) -> dict[str, dict[str, Any]]:
     """Return the JSON schemas of requests and answers, by name.
 

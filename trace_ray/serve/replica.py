@@ -31,6 +31,9 @@ from trace_ray.types import Prompt, prompt_from_rows
 BASE_NAME = "base"
 """Name of the base model inside its engine."""
 PLUGIN = "trace_ray_cpu_lora"
+MAX_TOKEN_CHARS = 16
+"""Characters that tokens have on average at most: more text need not be tokenized, which would hold up
+the engine, to tell that it is too long."""
 _log = logging.getLogger("ray.serve")
 
 
@@ -317,13 +320,17 @@ class EngineReplica:
     async def _asked(self, adapter_id: str | None, prompt: Prompt) -> float | str:
         from trace_ray.models.chat import encode_prompt
 
+        most = self._config.max_model_len
+        too_long = f"longer than the judge's {most} tokens"
+        if sum(len(message.content) for message in prompt) > MAX_TOKEN_CHARS * most:
+            return too_long
         try:
             yes, no = self._yes_no()
             ids = encode_prompt(self._tokenizer, prompt, shared_system=True)
         except ModelError as error:
             return str(error)
-        if not 0 < len(ids) < self._config.max_model_len:
-            return f"longer than the judge's {self._config.max_model_len} tokens"
+        if not 0 < len(ids) < most:
+            return too_long
         adapters = self._state.openai_serving_models.lora_requests
         lora = None if adapter_id is None else adapters[adapter_id]
         says_yes, says_no = await self._next_logps(ids, [yes, no], lora)
