@@ -125,7 +125,7 @@ def test_a_stream_that_breaks_off_later_ends_with_an_error_event(
     async def story() -> list[str]:
         base = Base([(200, True), DELTA, DELTA, broken])
         begun = await base.engines().begin("chat", {}, ROUTE)
-        return [each async for each in events(begun, 1e9, lambda _: True)]
+        return [each async for each in events(begun, 1e9, lambda event: event)]
 
     *deltas, error, done = asyncio.run(story())
     assert deltas == [DELTA, DELTA]

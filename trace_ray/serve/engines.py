@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from trace_ray.errors import ServeError
-from trace_ray.serve.answers import DONE, event_text, read_event
+from trace_ray.serve.answers import DONE, event_text
 from trace_ray.serve.config import Route, ServedJudge
 from trace_ray.serve.requests import Kind, RequestError, error_row
 from trace_ray.types import Prompt
@@ -191,20 +191,20 @@ class Engines:
 
 
 async def events(
-    begun: Begun, deadline: float, on_event: Callable[[dict[str, Any] | None], bool]
+    begun: Begun, deadline: float, shown: Callable[[str], str | None]
 ) -> AsyncIterator[str]:
     """Yield a stream's events; one that breaks off ends with an error event.
 
     Args:
         begun: Of ``Engines.begin``.
         deadline: ``time.monotonic()`` at which it is given up.
-        on_event: Sees each event's JSON; False leaves the event out.
+        shown: Returns what goes out in the place of an event; None leaves it out.
     """
     event, parts = begun.text, begun.parts
     try:
         while True:
-            if on_event(read_event(event)):
-                yield event
+            if (out := shown(event)) is not None:
+                yield out
             async with asyncio.timeout(deadline - time.monotonic()):
                 event = await anext(parts)
     except StopAsyncIteration:

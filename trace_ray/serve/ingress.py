@@ -55,6 +55,7 @@ from trace_ray.serve.requests import (
 from trace_ray.serve.storage import RecordSender
 from trace_ray.serve.table import NameTable
 from trace_ray.serve.turn import Turn, settle_background
+from trace_ray.serve.usage import StreamUsage
 
 ADAPTER_HEADER = "x-trace-ray-adapter"
 POLICY_HEADER = "x-trace-ray-policy"
@@ -315,17 +316,16 @@ class Ingress(DescribedRoute, DashboardRoutes):
         if policy := turn.policy if turn else route.policy:
             headers[POLICY_HEADER] = policy
         started = time.monotonic()
-        own_usage = body.get("stream") is True and "stream_options" not in body
-        sent = body | {"stream_options": {"include_usage": True}} if own_usage else body
-        begun = await self._engines.begin(kind, sent, route)
+        usage = StreamUsage(body)
+        begun = await self._engines.begin(kind, usage.asked, route)
         if begun.streams:
-            seen = self._metrics.watch(route.model, hide_usage=own_usage)
-            stream = events(begun, started + self._door.limits.timeout_s, seen)
+            stream = events(begun, started + self._door.limits.timeout_s, usage.shown)
             stream = turn.streamed(stream) if turn else stream
             stream = timed(stream, kind, lambda: self._metrics.first_text(route.model, call.age_s))
             ending = until_end(stream, lambda status: self._ended(call, status))
             response = HeldStream(ending, headers)
             response.held.callback(begun.parts.cancel)
+            response.held.callback(lambda: self._metrics.tokens(route.model, usage.tokens))
             if turn is not None:
                 response.held.callback(turn.ended)
             return response

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -55,22 +55,6 @@ class Metrics:
         for kind, name in (("prompt", "prompt_tokens"), ("reply", "completion_tokens")):
             if count := (usage or {}).get(name):
                 self._tokens.inc(count, tags={"model": model, "kind": kind})
-
-    def watch(self, model: str, *, hide_usage: bool) -> Callable[[dict[str, Any] | None], bool]:
-        """Return what counts a stream's tokens as the engine's events come.
-
-        Args:
-            model: Who answers.
-            hide_usage: The client didn't ask for the usage: its event is left out (False).
-        """
-
-        def seen(row: dict[str, Any] | None) -> bool:
-            if row is None or row.get("choices") or not row.get("usage"):
-                return True
-            self.tokens(model, row["usage"])
-            return not hide_usage
-
-        return seen
 
     def record_lost(self) -> None:
         """Count a row of the records that could not be written."""
