@@ -111,7 +111,7 @@ def test_a_registry_that_is_down_or_a_change_under_way_moves_nothing(
 def test_a_version_that_is_refused_leaves_the_alias_and_is_tried_again_later() -> None:
     async def story() -> None:
         fleet = Registered()
-        follower = fleet.follower(0.05)
+        follower = fleet.follower(0.2)
         fleet.refuse[2] = RegistryError("its files are another adapter")
         fleet.names(champion=2, previous=1, challenger=3)
         await follower.look()
@@ -123,7 +123,7 @@ def test_a_version_that_is_refused_leaves_the_alias_and_is_tried_again_later() -
         await follower.look()
         assert fleet.asked == asked  # not at every look
         del fleet.refuse[2]
-        await asyncio.sleep(0.11)
+        await asyncio.sleep(0.41)
         await follower.look()
         assert led(follower)["m"] == TWO.id
         assert follower.status()["refused"] == []
@@ -177,7 +177,7 @@ def test_a_model_that_is_registered_anew_is_read_anew() -> None:
             if row["id"] == THREE.id:
                 await first.wait()
 
-        follower = Follower(fleet, 0.02, [MODEL], load, Metrics())
+        follower = Follower(fleet, 0.5, [MODEL], load, Metrics())
         fleet.names(champion=1)
         await follower.look()
         assert led(follower)["m"] == TWO.id
