@@ -99,8 +99,13 @@ def as_gated(fleet):
     return fleet
 
 
+def state_folder(fleet):
+    """The folder of the rollout's state."""
+    return fleet / "storage" / "rollout" / "trace"
+
+
 def journal(fleet):
-    return Journal(FolderFiles(fleet / "storage" / "rollout"))
+    return Journal(FolderFiles(state_folder(fleet)))
 
 
 def gate(fleet, **verdicts):
@@ -151,7 +156,7 @@ def with_waves(gated):
     each = [{"models": [name], "share": 0.5, "soak_s": 0} for name in NAMES]
     config["rollout"] = {"waves": each, "margin": 0.2}
     (gated / "fleet.yaml").write_text(yaml.safe_dump(config))
-    (gated / "storage" / "rollout" / "waves.json").unlink(missing_ok=True)
+    (state_folder(gated) / "waves.json").unlink(missing_ok=True)
     done = rollout(gated, "start")
     assert done.exit_code == 0, done.output
     assert "wave 2: two: 50% of traffic" in done.output

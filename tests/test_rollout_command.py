@@ -28,6 +28,7 @@ from rollout_fleet import (
     make_fleet,
     record,
     rollout,
+    state_folder,
     with_waves,
     write_adapter,
 )
@@ -152,7 +153,7 @@ def test_a_rollout_that_would_wait_for_ever_is_refused(gated, tmp_path, serve, t
         (tmp_path / name).write_bytes((gated / name).read_bytes())
     config["rollout"] = {}
     (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config))
-    (gated / "storage" / "rollout" / "waves.json").unlink(missing_ok=True)
+    (state_folder(gated) / "waves.json").unlink(missing_ok=True)
     done = rollout(tmp_path, "start")
     assert (done.exit_code, told in done.output) == (2, True), done.output
 
@@ -309,7 +310,7 @@ def test_a_rollback_by_hand_stops_the_rollout(waves):
     done = rollout(waves, "step")
     assert (done.exit_code, aliases(waves, "two")) == (1, OLD)
     assert "one: its champion is one@1-" in done.output
-    assert LiveSplits(FolderFiles(waves / "storage" / "rollout")).read() == {}
+    assert LiveSplits(FolderFiles(state_folder(waves))).read() == {}
     assert decisions(waves)[-1].what == "rollout-stop"
 
 
@@ -360,7 +361,7 @@ def test_a_registry_that_is_away_does_not_end_the_watch_over_a_candidate(waves, 
 def test_failed_requests_alone_withdraw_a_candidate(waves):
     folder = waves / "storage" / "records"
     folder.mkdir(exist_ok=True)
-    live_now = LiveSplits(FolderFiles(waves / "storage" / "rollout"))
+    live_now = LiveSplits(FolderFiles(state_folder(waves)))
     splits = live_now.read()
     assert splits.keys() == {"one"}  # the second wave's traffic waits
     split = splits["one"]

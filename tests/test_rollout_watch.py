@@ -10,7 +10,16 @@ import time
 
 import pytest
 import yaml
-from rollout_fleet import NAMES, aliases, as_gated, decisions, live, make_fleet, rollout
+from rollout_fleet import (
+    NAMES,
+    aliases,
+    as_gated,
+    decisions,
+    live,
+    make_fleet,
+    rollout,
+    state_folder,
+)
 from rollout_fleet import with_waves as started
 
 from trace_ray.core.drops import drop_problems
@@ -29,8 +38,8 @@ def promoted(fleet):
     """The fleet after both candidates were promoted, nothing of it watched so far."""
     as_gated(fleet)
     configure(fleet)
-    (fleet / "storage" / "rollout" / "watch.json").unlink(missing_ok=True)
-    (fleet / "storage" / "rollout" / "waves.json").unlink(missing_ok=True)
+    (state_folder(fleet) / "watch.json").unlink(missing_ok=True)
+    (state_folder(fleet) / "waves.json").unlink(missing_ok=True)
     assert rollout(fleet, "promote").exit_code == 0
     return fleet
 
@@ -135,7 +144,7 @@ def test_a_config_under_which_nothing_is_judged_is_refused(promoted):
 
 def test_a_state_that_cannot_be_read_says_what_to_do(promoted):
     configure(promoted, floor=0.8)
-    (promoted / "storage" / "rollout" / "watch.json").write_text("{")
+    (state_folder(promoted) / "watch.json").write_text("{")
     for command in ("watch", "status"):
         done = rollout(promoted, command)
         assert (done.exit_code, "the watch begins anew" in done.output) == (2, True), done.output

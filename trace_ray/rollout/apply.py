@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trace_ray.config import ModelConfig
+from trace_ray.core.audit import AuditRecord
 from trace_ray.errors import TraceRayError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.complying import complying
@@ -99,7 +100,7 @@ def apply(
         reports.write(inputs, run_dir, report, found.triaged.trained, found.results)
         if len(failed) == len(models):
             raise all_failed(report["failed"], config_path)
-        _audit(inputs, report)
+        audit_run(inputs, report)
         write_html(config_path, inputs.run_id)
     return report
 
@@ -182,8 +183,12 @@ def all_failed(failed: dict[str, str], config: str) -> TraceRayError:
     )
 
 
-def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
-    """Add what the run made to the audit chain; a run that made nothing new adds nothing."""
+def audit_run(inputs: Inputs, report: dict[str, Any]) -> None:
+    """Add what a run made to the audit chain, unless the chain's last word on its models says the same.
+
+    An earlier record that is alike does not count where a later one differs: who promotes goes by
+    the latest.
+    """
     from trace_ray.runtime.audit_log import audit_of
 
     log = audit_of(inputs.config)
@@ -199,19 +204,30 @@ def _audit(inputs: Inputs, report: dict[str, Any]) -> None:
         "tpa_after",
         "gate",
     )
-    rows = json.loads(json.dumps([{key: model[key] for key in made} for model in models]))
-    if any(
-        record.inputs == digests and record.evidence["models"] == rows for record in log.records()
-    ):
+    rows = [{key: model[key] for key in made} for model in models]
+    decided = {"models": rows, "gate_config": inputs.config.gate.model_dump(mode="json")}
+    decided = json.loads(json.dumps(decided))
+    last = _last_about(log.records(), {row["registered_as"] for row in rows})
+    said = last and {key: last.evidence.get(key) for key in decided}
+    if last is not None and (last.inputs, said) == (digests, decided):
         return
     log.append(
         "realign",
         digests,
         {
             "run_id": inputs.run_id,
-            "models": rows,
-            "gate_config": inputs.config.gate.model_dump(mode="json"),
+            **decided,
             "failed": report["failed"],
             "unchanged": report["unchanged"],
         },
     )
+
+
+def _last_about(records: Sequence[AuditRecord], registered: set[str]) -> AuditRecord | None:
+    """Return the latest run that made one of these versions; of a run that made none, the same."""
+    for record in reversed(records):
+        if record.what == "realign":
+            theirs = {row["registered_as"] for row in record.evidence["models"]}
+            if theirs & registered or theirs == registered:
+                return record
+    return None

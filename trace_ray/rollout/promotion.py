@@ -25,14 +25,14 @@ from trace_ray.core.promotion import (
     rollback_moves,
 )
 from trace_ray.errors import ConfigError, RolloutError
+from trace_ray.rollout.old_state import take_over
 from trace_ray.rollout.plan import open_registry
 from trace_ray.runtime.aliases import WAS_CHAMPION
 from trace_ray.runtime.audit_log import audit_of, user
 from trace_ray.runtime.bucket import Bucket
-from trace_ray.runtime.journal import FOLDER, Journal
+from trace_ray.runtime.journal import Journal, rollout_files
 from trace_ray.runtime.records import RegisteredVersion
 from trace_ray.runtime.registry import Registry
-from trace_ray.runtime.state_files import state_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,13 +71,16 @@ class Rollouts:
         Raises:
             ConfigError: the config.
             RegistryError: the registry can't be reached.
+            BusyError: an operator is at work on the state of an earlier version.
         """
         self.source = config_path
         self.config: FleetConfig = load_config(config_path)
         self.registry: Registry = open_registry(self.config)
         self.audit = audit_of(self.config)
-        self.files = state_files(self.config.storage, Bucket.of(self.config), FOLDER)
+        bucket, prefix = Bucket.of(self.config), self.config.tracking.registry_prefix
+        self.files = rollout_files(self.config.storage, bucket, prefix)
         """Of the rollout: its journal, its state, the operators' locks."""
+        take_over(self.files, self.config.storage, bucket, self.registry)
         self.journal = Journal(self.files)
 
     def promote(

@@ -19,12 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.errors import BusyError, RolloutError
+from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.fleet_lock import FleetLock, HeldError
-from trace_ray.runtime.state_files import FolderFiles, StateFiles
+from trace_ray.runtime.state_files import FolderFiles, StateFiles, state_files
 
 JOURNAL, LOCK = "journal.json", ".lock"
 FOLDER = "rollout"
-"""Under ``storage``."""
+"""Under ``storage``; in it one folder a fleet."""
+
+
+def rollout_files(storage: str, bucket: Bucket | None, prefix: str) -> StateFiles:
+    """Return the files of one fleet's rollout: its journal, its state, the operators' locks.
+
+    Args:
+        storage: the fleet's.
+        bucket: where the storage is one.
+        prefix: the fleet's ``tracking.registry_prefix``: fleets of one storage differ by it.
+    """
+    return state_files(storage, bucket, f"{FOLDER}/{prefix}")
 
 
 class Journal:

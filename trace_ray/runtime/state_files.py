@@ -91,6 +91,7 @@ class FolderFiles:
 
     def create(self, name: str, text: str) -> bool:
         """See ``StateFiles``: the file appears by one link."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / f".{name}.{uuid.uuid4().hex}"
         write_text(draft, text)
         try:

@@ -15,8 +15,8 @@ from trace_ray.config.serve import ComplianceSettings, Limits, Records, Replicas
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, problems
 from trace_ray.rollout.plan import load_policy
-from trace_ray.runtime.journal import FOLDER
-from trace_ray.runtime.state_files import StateFiles, state_files
+from trace_ray.runtime.journal import rollout_files
+from trace_ray.runtime.state_files import StateFiles
 from trace_ray.runtime.store import Store
 from trace_ray.serve.storage import ServedBucket
 
@@ -157,7 +157,7 @@ class Follow(Section):
     @property
     def rollout(self) -> StateFiles:
         """The files of the fleet's rollout."""
-        return state_files(self.storage, self.store.bucket, FOLDER)
+        return rollout_files(self.storage, self.store.bucket, self.prefix)
 
 
 class ServeConfig(Section):
