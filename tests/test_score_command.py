@@ -238,7 +238,7 @@ def test_bad_gold_is_named(base, files):
         (["--method", "guess"], "trace-ray score: impact.method"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "nowhere"),
-        (["--out", "nowhere/scores.jsonl"], "--out nowhere/scores.jsonl: its folder"),
+        (["--out", "nowhere/scores.jsonl"], "nowhere/scores.jsonl: can't be written: there is no"),
     ],
 )
 def test_bad_options_are_named(base, files, words, message):

@@ -27,6 +27,7 @@ from trace_ray.commands.wiring import (
     exits_cleanly,
     storage_of,
     terminal,
+    writable,
 )
 from trace_ray.errors import ConfigError, StoppedError
 
@@ -121,6 +122,8 @@ def demo_data(
     with exits_cleanly():
         from trace_ray.data.synthetic import write
 
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder}: is no folder: nothing can be written into it")
         write(folder, seed=seed)
         typer.echo(f"wrote {', '.join(sorted(p.name for p in folder.glob('*.jsonl')))} to {folder}")
 
@@ -142,6 +145,8 @@ def heldout(
         from trace_ray.rollout.heldout import write_heldout
         from trace_ray.rollout.plan import load_policy
 
+        if out.parent.exists():  # else it is made
+            writable(out)
         rows, given = schema_of(schema), load_policy(str(policy))
         counts = write_heldout(source, rows, given, out, skip=skip, size=size)
         typer.echo(f"{out}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
@@ -190,6 +195,7 @@ def score_command(
         config, note = score_config(options, given, adapter)
         if note:
             typer.echo(note, err=True)
+        writable(out)
         typer.echo(score_files(model, adapter, triaged, gold, out, config))
 
 

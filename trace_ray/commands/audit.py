@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, exits_cleanly
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly, writable
 
 app = typer.Typer(help="The tamper-evident log of decisions.", no_args_is_help=True)
 
@@ -52,5 +52,5 @@ def export_command(
     with exits_cleanly(config):
         from trace_ray.rollout.audit_export import export
 
-        signed = export(str(config), out, run)
+        signed = export(str(config), writable(out), run)
         typer.echo(f"{out}: signature: {signed}; check it with 'trace-ray audit verify {out}'")

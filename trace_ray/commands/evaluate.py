@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly, terminal, writable
 
 app = typer.Typer()
 
@@ -35,6 +35,8 @@ def evaluate_command(
         from trace_ray.rollout.events import announced
         from trace_ray.runtime.store import write_json
 
+        if out is not None:
+            writable(out)
         with announced(str(config), "evaluate") as told:
             report = evaluate(str(config), only or (), adapter, suite or ())
             told |= {"failed": report["failed"]}

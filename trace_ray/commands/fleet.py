@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, exits_cleanly, storage_of, terminal
+from trace_ray.commands.wiring import ConfigPath, exits_cleanly, storage_of, terminal, writable
 
 app = typer.Typer()
 
@@ -27,22 +27,19 @@ def plan_command(
     ] = False,
 ) -> None:
     """Show what an apply would do and cost; trains nothing. Ends with 1 where it can't be done."""
-    from trace_ray.errors import TraceRayError
-
-    try:
+    with exits_cleanly(status=1):
         from trace_ray.rollout.plan_file import write_plan
         from trace_ray.rollout.plan_view import plan_view
         from trace_ray.rollout.planning import make_plan
 
+        if out is not None:
+            writable(out)
         with storage_of(config):
             plan = make_plan(str(config), sample)
         terminal().print(plan_view(plan), soft_wrap=True)
         if out is not None:
             write_plan(out, plan.to_row())
             typer.echo(f"next: trace-ray apply {out}")
-    except TraceRayError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     changed = 2 if detailed_exitcode and plan.changes else 0
     sys.exit(1 if plan.blocked else changed)
 

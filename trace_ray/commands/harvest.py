@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import exits_cleanly
+from trace_ray.commands.wiring import exits_cleanly, writable
 
 app = typer.Typer()
 
@@ -24,6 +24,7 @@ def harvest_command(
         from trace_ray.serve.harvest import harvest
         from trace_ray.serve.records import FOLDER
 
+        writable(out)
         fleet = load_config(config)
         records = Path(fleet.storage, FOLDER)
         if (bucket := Bucket.of(fleet)) is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal
+from trace_ray.commands.wiring import ConfigPath, asking, exits_cleanly, terminal, writable
 
 app = typer.Typer(help="Work with judges.", no_args_is_help=True)
 
@@ -27,6 +27,8 @@ def judge_calibrate(
         from trace_ray.rollout import calibrating
         from trace_ray.runtime.store import write_json
 
+        if out is not None:
+            writable(out)
         configs = [str(path) for path in (config, against) if path is not None]
         rows = read_labels(labels)
         with asking(*configs):

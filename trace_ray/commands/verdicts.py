@@ -14,6 +14,7 @@ from trace_ray.commands.wiring import (
     exits_cleanly,
     storage_of,
     terminal,
+    writable,
 )
 
 app = typer.Typer(help="Work with stored verdicts.", no_args_is_help=True)
@@ -51,7 +52,7 @@ def verdicts_export(
         from trace_ray.rollout.plan import read_inputs
 
         count = 0
-        draft = out.with_name(f".{out.name}.draft")
+        draft = writable(out).with_name(f".{out.name}.draft")
         with draft.open("w", encoding="utf-8") as file:
             for row in verdict_store(read_inputs(str(config))).rows():
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trace_ray.errors import TraceRayError
+from trace_ray.errors import ConfigError, TraceRayError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,20 +20,50 @@ if TYPE_CHECKING:
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Fleet config (YAML).")]
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write to a full disk says, without the file's name."""
+
+
+def writable(out: Path) -> Path:
+    """Return a file that a command is to write, once it is known that this can be done.
+
+    To be asked before the work: a run whose result can't be written was for nothing.
+
+    Raises:
+        ConfigError: it is a folder, or its own folder isn't there or can't be written to.
+    """
+    why = ""
+    if out.is_dir():
+        why = "it is a folder"
+    elif not out.parent.is_dir():
+        why = f"there is no folder {out.parent}"
+    elif not os.access(out.parent, os.W_OK | os.X_OK):
+        why = f"the folder {out.parent} may not be written to"
+    if why:
+        raise ConfigError(f"{out}: can't be written: {why}")
+    return out
+
+
 @contextmanager
-def exits_cleanly(config: Path | None = None) -> Iterator[None]:
-    """Turn our errors into one message on stderr and exit status 2.
+def exits_cleanly(config: Path | None = None, status: int = 2) -> Iterator[None]:
+    """Turn our errors, and those of files and folders, into one message on stderr and an exit status.
 
     Args:
         config: the fleet config of a command that reads or changes the fleet's storage: where that is
             a bucket, the copy here is up to date within the block, and its changes are sent after it.
+        status: of bad input.
     """
     try:
         with storage_of(config) if config else nullcontext():
             yield
     except TraceRayError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(status)
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:  # no file's: a fault of ours
+            raise
+        typer.echo(f"error: {error.filename or 'a file'}: {error.strerror}", err=True)
+        sys.exit(status)
     except KeyboardInterrupt:
         typer.echo("interrupted: run the same command again to go on where it stopped", err=True)
         sys.exit(130)

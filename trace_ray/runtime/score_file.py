@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from trace_ray.config import TrainingConfig, validation_problems
 from trace_ray.data.sources import read_categorised, read_preferences
-from trace_ray.errors import ConfigError, DataError, ModelError
+from trace_ray.errors import DataError, ModelError
 from trace_ray.runtime.score import ScoreSummary, Scoring, score_against
 from trace_ray.runtime.store import write_text
 from trace_ray.types import Category
@@ -43,8 +43,6 @@ def score_files(
         DataError: a file can't be used; names file, line and field.
         ModelError: the model or the adapter can't be used, or it was trained on another base.
     """
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: its folder does not exist")
     if adapter is not None:
         _check_base(model, adapter)
     conflicts, skipped = _conflicts(triaged)
