@@ -112,7 +112,10 @@ def test_evaluation_prompts_that_are_trained_on_are_refused_with_counts(up, tmp_
     (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     fleet["evaluation"] = {"prompts": "heldout.jsonl"}
     done = apply(tmp_path, fleet)
-    assert_refused(done, "heldout.jsonl: 1 of 3 prompts are training prompts too, 1 more", "row 2")
+    words = ("heldout.jsonl: 1 of 3 prompts are training prompts too, 1 more", "row 2")
+    assert_refused(done, *words)
+    plan = trace_ray("plan", tmp_path / "fleet.yaml")  # what apply refuses, its plan does too
+    assert (plan.returncode, words[0] in plan.stderr) == (1, True), plan.stderr
     (tmp_path / "heldout.jsonl").write_text(json.dumps(prompts[2]))
     (tmp_path / "must.jsonl").write_text(json.dumps({"prompt": asked[0]}))
     fleet["evaluation"] |= {"must_comply": "must.jsonl"}
@@ -136,6 +139,34 @@ def test_not_yaml_is_said(tmp_path):
     path = tmp_path / "fleet.yaml"
     path.write_text("policy: [")
     assert_refused(trace_ray("apply", path), "fleet.yaml: is not YAML")
+
+
+def test_a_date_that_can_not_be_is_told_with_its_file(tmp_path, fleet):
+    path = tmp_path / "policy.yaml"
+    path.write_text(path.read_text() + "effective_from: 2026-13-45\n")
+    assert_refused(trace_ray("policy", "check", path), "policy.yaml: holds a date", "month must be")
+    assert_refused(apply(tmp_path, fleet), "policy.yaml: holds a date", "month must be")
+
+
+@pytest.mark.parametrize("prefix", ["", "a/b", "a:b", "..", "my team", "o'x"])
+def test_a_registry_prefix_that_is_no_name_is_refused_at_once(tmp_path, fleet, prefix):
+    fleet["tracking"] = {"registry_prefix": prefix}
+    assert_refused(apply(tmp_path, fleet), "tracking.registry_prefix", f"(got {prefix!r})")
+
+
+def test_a_storage_in_the_users_home_is_there(tmp_path, fleet, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    apply(tmp_path, fleet | {"storage": "~/fleet"})
+    assert (tmp_path / "home" / "fleet").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("bound", [("--skip", "-1"), ("--size", "0")])
+def test_heldout_options_have_bounds(tmp_path, fleet, bound):
+    files = [tmp_path / name for name in ("pairs.jsonl", "policy.yaml", "out.jsonl")]
+    assert_refused(trace_ray("heldout", *files, *bound), "Invalid value", bound[0])
+    assert not files[2].exists()
 
 
 def test_demo_data_is_written(tmp_path):

@@ -136,8 +136,8 @@ def heldout(
     schema: Annotated[
         str, typer.Option(help="As data.schema; a column map as prompt=a,chosen=b,rejected=c.")
     ] = "pairs",
-    skip: Annotated[int, typer.Option(help="Pairs at the start that models train on.")] = 0,
-    size: Annotated[int, typer.Option(help="Prompts to write.")] = 48,
+    skip: Annotated[int, typer.Option(min=0, help="Pairs at the start that models train on.")] = 0,
+    size: Annotated[int, typer.Option(min=1, help="Prompts to write.")] = 48,
 ) -> None:
     """Make held-out evaluation prompts from pairs that no model trains on."""
     with exits_cleanly():

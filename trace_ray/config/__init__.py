@@ -117,8 +117,8 @@ class TrackingConfig(Section):
 
     uri: str | None = None
     """Tracking and registry server; null = MLFLOW_TRACKING_URI, or sqlite in ``storage``."""
-    registry_prefix: str = "trace"
-    """Registered models are called ``<prefix>-<model name>``."""
+    registry_prefix: str = Field(default="trace", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Registered models are called ``<prefix>-<model name>``; also a folder's name in ``storage``."""
     experiment: str = "trace-ray"
     alias: str = "challenger"
     """Alias given to the new version; ``champion`` only where no other version is champion, else
@@ -148,9 +148,9 @@ class FleetConfig(Section):
     serve: ServeSection = ServeSection()
     events: EventsSection = EventsSection()
     storage: str = ".trace-ray"
-    """A folder that all nodes see (a path, or ``file:///path``), or ``s3://bucket/prefix``, of which each
-    node then keeps a copy in ``TRACE_RAY_CACHE``; once loaded, the folder: that copy's, where it is a
-    bucket."""
+    """A folder that all nodes see (a path, ``~/path`` too, or ``file:///path``), or ``s3://bucket/prefix``,
+    of which each node then keeps a copy in ``TRACE_RAY_CACHE``; once loaded, the folder: that copy's,
+    where it is a bucket."""
     tracking: TrackingConfig = TrackingConfig()
     _bucket: str | None = PrivateAttr(default=None)
 
@@ -225,7 +225,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
+        ConfigError: no such file, not YAML, a date that can't be, or not a mapping.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -235,6 +235,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # the parser's, of what looks like a date and is none
+        raise ConfigError(
+            f"{path}: holds a date or number that can't be: {error}; put a text in quotes"
+        ) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys, not {type(raw).__name__}")
     return raw
@@ -330,7 +334,7 @@ def _folder_or_bucket(storage: str) -> str:
         return unquote(place)
     if found and (scheme != "s3" or not place.strip("/")):
         raise ValueError("must be a folder, file:///path or s3://bucket/prefix")
-    return storage
+    return storage if found else os.path.expanduser(storage)
 
 
 def _copy_of(bucket: str) -> str:

@@ -23,6 +23,7 @@ from trace_ray.rollout.judging import evaluation_judge
 from trace_ray.rollout.lineage import kept_policy
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
 from trace_ray.rollout.once import read_pairs
+from trace_ray.rollout.overlap import refuse_overlap
 from trace_ray.rollout.parallel import find_models, is_live, kept_results
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.rollout.plan_file import digests
@@ -121,6 +122,7 @@ def make_plan(config_path: str, sample: int) -> FleetPlan:
             require_room(inputs.config)
             sources, deployed, failed = find_models(inputs, inputs.config.models)
             pairs, _ = read_pairs(inputs, fleet)
+            refuse_overlap(inputs, pairs.path / "pairs.parquet")
             rows, planned, folder = triage_plan(inputs, pairs, sample, fleet)
             grader = evaluation_judge(inputs, fleet)
             node = max((each.get("memory", 0) for each in alive_nodes()), default=0)
