@@ -8,6 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import pytest
@@ -18,6 +20,7 @@ from trace_ray.cli import app
 from trace_ray.config import load_config
 from trace_ray.data.s3 import S3Access
 from trace_ray.errors import AuditError, BusyError, ConfigError, StateError
+from trace_ray.rollout.parallel import keep_result, kept_results
 from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog
 from trace_ray.runtime.bucket import Bucket, up_to_date
 from trace_ray.runtime.fleet_journal import FleetState
@@ -68,6 +71,20 @@ def fitted(out: Path) -> None:
 
 def never(out: Path) -> None:
     raise AssertionError("the stage is done already")
+
+
+def test_a_result_whose_files_are_in_the_bucket_alone_is_kept_and_fetched(store, bucket):
+    scores, adapter = (store.stage(name, {}, one_file()).path for name in ("score", "train"))
+    kept = {"scores_path": str(scores / "deep"), "adapter_path": str(adapter / "deep")}
+    config = SimpleNamespace(models=[SimpleNamespace(name="one")])
+    inputs: Any = SimpleNamespace(store=store, config=config, run_id="r")
+    keep_result(inputs, "one", kept)
+    shutil.rmtree(Path(bucket.root, "stages"))
+    assert kept_results(inputs) == {"one": kept}
+    assert (scores / "deep" / "a.txt").exists(), "a report reads it"
+    assert not adapter.exists(), "and not this one"
+    bucket.remove(adapter)
+    assert kept_results(inputs) == {}
 
 
 def test_a_stage_made_on_one_node_is_found_on_another(store, bucket, client):

@@ -25,6 +25,7 @@ from trace_ray.rollout.model_job import ModelJob
 from trace_ray.rollout.once import Triaged, read_pairs, triage_all
 from trace_ray.rollout.overlap import refuse_overlap
 from trace_ray.rollout.parallel import (
+    GONE,
     find_models,
     is_live,
     keep_result,
@@ -112,7 +113,7 @@ def _run(
     import ray
 
     names = [model.name for model in models]
-    kept = kept_results(inputs)
+    kept, ever = kept_results(inputs), kept_results(inputs, whole=False)
     results = {k: v for k, v in kept.items() if k not in names}
     with connected():
         board = ray.remote(num_cpus=0)(Board).remote()
@@ -129,9 +130,9 @@ def _run(
                 keeper.settle(name, "failed", error)
             if len(failed) == len(names):
                 raise all_failed(failed, keeper.journal.record.config)
-            live = [name for name in names if is_live(kept.get(name), deployed.get(name))]
+            live = [name for name in names if is_live(ever.get(name), deployed.get(name))]
+            results |= {name: kept[name] for name in live if name in kept}
             for name in live:
-                results[name] = kept[name]
                 keeper.settle(name, "kept")
             pairs, ingested = read_pairs(inputs, fleet)
             refuse_overlap(inputs, pairs.path / "pairs.parquet")
@@ -163,7 +164,8 @@ def _run(
             judges = judges_row(inputs, triaged.judge, grader, results, fleet)
             fleet("done", note=f"run {inputs.run_id}")
     in_order = {m.name: results[m.name] for m in inputs.config.models if m.name in results}
-    return Outcome(triaged, ingested, in_order, judges, stay)
+    gone = {name: GONE for name in ever if name not in results and name not in stay}
+    return Outcome(triaged, ingested, in_order, judges, stay | gone)
 
 
 def _needless(jobs: list[ModelJob], triaged: Triaged) -> dict[str, str]:

@@ -17,10 +17,14 @@ from trace_ray.rollout.realign import realign
 from trace_ray.rollout.room import no_room
 from trace_ray.runtime.cluster import on_this_node, result
 from trace_ray.runtime.registry import Registry
-from trace_ray.runtime.store import write_json
+from trace_ray.runtime.store import Store, write_json
 
 MODELS = "models"
 """Folder of a run with one result a model."""
+READ, MADE = ("scores_path", "answers_path"), ("adapter_path",)
+"""Where a result names its stages' files: those that a report reads, and the others."""
+GONE = "the files of what this run made of it were removed since"
+"""Why a model is reported without its measures."""
 
 
 class HasSource(Protocol):
@@ -168,11 +172,28 @@ def keep_result(inputs: Inputs, name: str, found: Mapping[str, Any]) -> None:
     write_json(folder / f"{name}.json", dict(found))
 
 
-def kept_results(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """Return the results that earlier calls of this run kept."""
+def kept_results(inputs: Inputs, *, whole: bool = True) -> dict[str, dict[str, Any]]:
+    """Return the results that earlier calls of this run kept, by model.
+
+    Args:
+        inputs: of the run.
+        whole: only those whose files, which a report reads, are still there: ``trace-ray gc`` removes
+            those of older runs. They are fetched where the storage is a bucket.
+    """
     folder = inputs.store.run_dir(inputs.run_id) / MODELS
     paths = {model.name: folder / f"{model.name}.json" for model in inputs.config.models}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    if whole:
+        found = {name: each for name, each in found.items() if _is_whole(inputs.store, each)}
+    return found
+
+
+def _is_whole(store: Store, kept: Mapping[str, Any]) -> bool:
+    read = [path for name in READ if (path := kept.get(name))]
+    made = [path for name in MADE if (path := kept.get(name))]
+    if not all(store.has(path) for path in read + made):
+        return False
+    return all(store.here(path).exists() for path in read)
 
 
 def is_live(kept: Mapping[str, Any] | None, deployed: Deployed | None) -> bool:

@@ -158,6 +158,14 @@ class Store:
         self.bucket.pull(final)
         return True
 
+    def has(self, path: str | Path) -> bool:
+        """Whether a path that never changes is here, or in the bucket."""
+        path = Path(path)
+        if path.exists():
+            return True
+        inside = Path(self.root) in path.parents
+        return inside and self.bucket is not None and self.bucket.holds(path)
+
     def here(self, path: str | Path) -> Path:
         """Return a path of the store that never changes, fetched where this node lacks it.
 
