@@ -25,7 +25,6 @@ from trace_ray.core.promotion import (
     rollback_moves,
 )
 from trace_ray.errors import ConfigError, RolloutError
-from trace_ray.rollout.old_state import take_over
 from trace_ray.rollout.plan import open_registry
 from trace_ray.runtime.aliases import WAS_CHAMPION
 from trace_ray.runtime.audit_log import audit_of, user
@@ -71,7 +70,7 @@ class Rollouts:
         Raises:
             ConfigError: the config.
             RegistryError: the registry can't be reached.
-            BusyError: an operator is at work on the state of an earlier version.
+            RolloutError: an earlier version left a rollout's state for the whole storage.
         """
         self.source = config_path
         self.config: FleetConfig = load_config(config_path)
@@ -80,7 +79,6 @@ class Rollouts:
         bucket, prefix = Bucket.of(self.config), self.config.tracking.registry_prefix
         self.files = rollout_files(self.config.storage, bucket, prefix)
         """Of the rollout: its journal, its state, the operators' locks."""
-        take_over(self.files, self.config.storage, bucket, self.registry)
         self.journal = Journal(self.files)
 
     def promote(

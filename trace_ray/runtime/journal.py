@@ -35,8 +35,18 @@ def rollout_files(storage: str, bucket: Bucket | None, prefix: str) -> StateFile
         storage: the fleet's.
         bucket: where the storage is one.
         prefix: the fleet's ``tracking.registry_prefix``: fleets of one storage differ by it.
+
+    Raises:
+        RolloutError: an earlier version left the state of the storage's one fleet.
     """
-    return state_files(storage, bucket, f"{FOLDER}/{prefix}")
+    files, old = (state_files(storage, bucket, at) for at in (f"{FOLDER}/{prefix}", FOLDER))
+    for name in (JOURNAL, "waves.json", "watch.json"):
+        if old.read(name) is not None:
+            raise RolloutError(
+                f"{old.where(name)}: of an earlier version, when a storage had one rollout: move it to "
+                f"{files.where(name)} if it is of the fleet {prefix}, else to its fleet's folder"
+            )
+    return files
 
 
 class Journal:
