@@ -42,7 +42,7 @@ def load_policy_model(
         lora: shape of a fresh adapter, initialised by peft under ``seed`` right after the base is loaded.
         seed: of the fresh adapter's A matrices.
         attention: transformers' attention implementation; ``sdpa`` goes block by block where a batch
-            is packed.
+            is packed, and is ``eager`` for a model whose attention it doesn't know.
         dtype: of the frozen base weights; adapters are float32.
         shards: workers that hold a share of the base's weights each (FSDP2), all of them calling this at
             once; adapters are whole on each.
@@ -128,7 +128,7 @@ def _load_base(base: str | Path, attention: str, dtype: str, shards: int = 1) ->
     from trace_ray.models.attention import BLOCKWISE
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             str(base),
             dtype=getattr(torch, dtype),
             attn_implementation=BLOCKWISE if attention == "sdpa" else attention,
@@ -137,6 +137,19 @@ def _load_base(base: str | Path, attention: str, dtype: str, shards: int = 1) ->
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{base}: can't be loaded as a causal language model: {error}") from None
+    if attention == "sdpa" and not _has_sdpa(model):
+        model.set_attn_implementation("eager")
+    return model
+
+
+def _has_sdpa(model: PreTrainedModel) -> bool:
+    """Say whether ``sdpa`` is the model's own attention.
+
+    It drops, without a word, what it has no argument for: Gemma 2's cap on the logits, and the sinks of
+    models that transformers says can't use it. It never hears of ours, so never refuses it.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return capped is None and model._supports_sdpa
 
 
 def _check_shape(adapter: Path, lora: LoraConfig, model_type: str) -> None:
