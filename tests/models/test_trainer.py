@@ -1,14 +1,17 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trace_ray.config import LoraConfig, TrainingConfig
 from trace_ray.errors import ModelError, TrainError
 from trace_ray.models.collate import HybridCollator
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.policy_model import (
+    load_measured_model,
     load_policy_model,
     reference,
     save_adapter,
@@ -214,6 +217,30 @@ def test_another_shape_than_the_deployed_adapters_is_refused(base, deployed):
     other = LoraConfig(r=4, alpha=16, dropout=0, targets=["q_proj"])
     with pytest.raises(ModelError, match=r"r 8, alpha 16.*Set training\.lora"):
         load_policy_model(base, deployed, other, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        (1, r"4 matrices there get none of it, e\.g\. \S*layers\.1\."),
+        (4, r"8 of its matrices have no place there, e\.g\. \S*layers\.[23]\."),
+    ],
+)
+def test_an_adapter_of_a_base_of_another_depth_is_refused(base, deployed, tmp_path, layers, why):
+    other = Path(shutil.copytree(deployed, tmp_path / "other"))
+    weights = {
+        name.replace("layers.0", f"layers.{layer}"): tensor.clone()
+        for name, tensor in load_file(deployed / "adapter_model.safetensors").items()
+        for layer in range(layers)
+        if "layers.0" in name
+    }
+    save_file(weights, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    refused = f"^{other}: doesn't fit the base {base}; .*{why}"
+    with pytest.raises(ModelError, match=refused):
+        load_policy_model(base, other, LORA, seed=0)
+    for before, after in ((None, other), (other, deployed)):
+        with pytest.raises(ModelError, match=refused):
+            load_measured_model(base, before and str(before), str(after))
 
 
 def test_a_base_that_cannot_be_loaded_is_named(tmp_path):

@@ -7,6 +7,7 @@ where one is deployed, else the base with adapters off.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ def load_policy_model(
         wrapped = peft.PeftModel.from_pretrained(
             model, str(adapter), adapter_name=TRAINED, is_trainable=True
         )
-        wrapped.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
+    _load_matrices(wrapped, REFERENCE, adapter, base)
     wrapped.set_adapter(TRAINED)
     return wrapped
 
@@ -84,12 +85,35 @@ def _fitting(adapter: str | Path, base: str | Path) -> Iterator[None]:
         ModelError: names both.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # ``_load_matrices`` refuses what peft warns of.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            yield
     except (RuntimeError, ValueError) as error:
         why = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ModelError(
             f"{adapter}: doesn't fit the base {base}; give the base it was trained on: {why}"
         ) from None
+
+
+def _load_matrices(model: PeftModel, name: str, adapter: str | Path, base: str | Path) -> None:
+    """Load a saved adapter as ``name``, over the one of that name where there is one.
+
+    peft leaves out matrices that have no place, and leaves fresh what gets none.
+
+    Raises:
+        ModelError: there are such; names both folders and a matrix of each kind.
+    """
+    with _fitting(adapter, base):
+        found = model.load_adapter(str(adapter), adapter_name=name)
+        lost = [key for key in found.unexpected_keys if ".lora_" in key]
+        said = []
+        if lost:
+            said.append(f"{len(lost)} of its matrices have no place there, e.g. {lost[0]}")
+        if fresh := found.missing_keys:
+            said.append(f"{len(fresh)} matrices there get none of it, e.g. {fresh[0]}")
+        if said:
+            raise ValueError("; ".join(said))
 
 
 def load_measured_model(
@@ -105,15 +129,17 @@ def load_measured_model(
         shards: as for ``load_policy_model``.
 
     Raises:
-        ModelError: the base can't be loaded.
+        ModelError: the base can't be loaded, or an adapter doesn't fit it.
     """
     import peft
     import torch
 
     model = _load_base(base, "sdpa", dtype, shards)
-    wrapped = peft.PeftModel.from_pretrained(model, after, adapter_name=TRAINED)
+    with _fitting(after, base):
+        wrapped = peft.PeftModel.from_pretrained(model, after, adapter_name=TRAINED)
+    _load_matrices(wrapped, TRAINED, after, base)
     if before is not None:
-        wrapped.load_adapter(before, adapter_name=REFERENCE)
+        _load_matrices(wrapped, REFERENCE, before, base)
         wrapped.set_adapter(TRAINED)
     if shards == 1 and torch.cuda.is_available():
         wrapped.to("cuda")
