@@ -143,6 +143,15 @@ def test_l1_weights_sum_to_1_and_adam_changes_the_scores(base, files):
     assert [row["raw_score"] for row in adam] != [row["raw_score"] for row in plain]
 
 
+def test_all_linear_is_every_linear_layer(base, files):
+    layers = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    assert score(base, files, "--lora-targets", layers).exit_code == 0
+    named = scores(files)
+    done = score(base, files, "--lora-targets", "all-linear")
+    assert done.exit_code == 0, done.output
+    assert scores(files) == named
+
+
 def test_all_scores_clamped_gives_uniform_weights_and_says_so(base, files):
     assert score(base, files).exit_code == 0
     worst = min(scores(files), key=lambda row: row["raw_score"])
@@ -238,6 +247,9 @@ def test_bad_gold_is_named(base, files):
         (["--method", "guess"], "trace-ray score: impact.method"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "nowhere"),
+        (["--lora-targets", "q_proj,,v_proj"], "(--lora-targets): ''"),
+        (["--lora-targets", "q_proj,foo"], "(--lora-targets): 'foo'"),
+        (["--lora-targets", ""], "(--lora-targets): ''"),
         (["--out", "nowhere/scores.jsonl"], "nowhere/scores.jsonl: can't be written: there is no"),
     ],
 )

@@ -164,7 +164,8 @@ def score_command(
     beta: Annotated[float, typer.Option(help="Of the DPO and NPO losses.")] = 0.3,
     gamma: Annotated[float, typer.Option(help="Damping.")] = 1.0,
     lora_targets: Annotated[
-        str | None, typer.Option(help="Layers, comma-separated [default: q_proj,v_proj]")
+        str | None,
+        typer.Option(help="Layers, comma-separated, or all-linear [default: q_proj,v_proj]"),
     ] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank [default: 32]")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha [default: 16]")] = None,
@@ -180,7 +181,9 @@ def score_command(
     with exits_cleanly():
         from trace_ray.runtime.score_file import score_config, score_files
 
-        targets = [t.strip() for t in lora_targets.split(",")] if lora_targets else None
+        targets: str | list[str] | None = lora_targets
+        if lora_targets is not None and lora_targets != "all-linear":
+            targets = [t.strip() for t in lora_targets.split(",")]
         shape = {"targets": targets, "r": lora_r, "alpha": lora_alpha}
         options = {
             "beta": beta,

@@ -220,6 +220,28 @@ def test_another_shape_than_the_deployed_adapters_is_refused(base, deployed):
 
 
 @pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["q_proj", "foo"], "'foo'"),
+        (["proj", "embed_tokens"], "'proj', 'embed_tokens'"),
+        (["mlp", "self_attn.q_proj"], "'mlp'"),  # a module, but not a layer
+        (["", "q_proj"], "''"),
+        ([], "none"),
+    ],
+)
+def test_targets_that_are_no_linear_layers_are_named(base, targets, named):
+    lora = LoraConfig(r=8, alpha=16, dropout=0, targets=targets)
+    with pytest.raises(ModelError, match=rf"lora-targets\): {named}: .*{base}, .*q_proj, up_proj"):
+        load_policy_model(base, None, lora, seed=0)
+
+
+def test_targets_are_the_ends_of_names(base):
+    lora = LoraConfig(r=8, alpha=16, dropout=0, targets=["1.self_attn.q_proj"])
+    model = load_policy_model(base, None, lora, seed=0)
+    assert len(trained_parameters(model)) == 2
+
+
+@pytest.mark.parametrize(
     ("layers", "why"),
     [
         (1, r"4 matrices there get none of it, e\.g\. \S*layers\.1\."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,8 +49,8 @@ def load_policy_model(
             once; adapters are whole on each.
 
     Raises:
-        ModelError: the base can't be loaded, or the deployed adapter doesn't fit it or has another shape
-            than ``lora``.
+        ModelError: the base can't be loaded, or lacks a layer of ``lora.targets``, or the deployed adapter
+            doesn't fit it or has another shape than ``lora``.
     """
     import peft
     import torch
@@ -59,6 +59,8 @@ def load_policy_model(
     torch.manual_seed(seed)
     if adapter is None:
         targets = family_of(model.config.model_type).lora_targets(lora.targets)
+        if lora.targets != "all-linear":
+            _check_targets(model, targets, base)
         fresh = peft.LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -176,6 +178,27 @@ def _has_sdpa(model: PreTrainedModel) -> bool:
     """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return capped is None and model._supports_sdpa
+
+
+def _check_targets(model: PreTrainedModel, targets: Sequence[str], base: str | Path) -> None:
+    """Refuse targets of which one names no layer, or one that is not linear.
+
+    peft takes a list of which one names a layer, and embeddings too, whose factors nothing here knows.
+    """
+    from torch import nn
+
+    layers = [(f".{name}", isinstance(layer, nn.Linear)) for name, layer in model.named_modules()]
+    bad = []
+    for target in targets:
+        kinds = [linear for name, linear in layers if name.endswith(f".{target}")]
+        if not target or not all(kinds) or not kinds:
+            bad.append(target)
+    if bad or not targets:
+        known = sorted({name.rpartition(".")[2] for name, linear in layers if linear})
+        raise ModelError(
+            f"training.lora.targets (--lora-targets): {', '.join(map(repr, bad)) or 'none'}: not a linear "
+            f"layer of {base}, which has {', '.join(known)}; all-linear takes all but lm_head"
+        )
 
 
 def _check_shape(adapter: Path, lora: LoraConfig, model_type: str) -> None:
