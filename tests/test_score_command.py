@@ -244,6 +244,11 @@ def test_bad_gold_is_named(base, files):
     ("words", "message"),
     [
         (["--beta", -1], "trace-ray score: beta"),
+        (["--beta", "inf"], "trace-ray score: beta"),
+        (["--gamma", "inf"], "trace-ray score: impact.gamma"),
+        (["--lora-alpha", "inf"], "trace-ray score: lora.alpha"),
+        (["--seed", 2**70], "trace-ray score: seed"),
+        (["--seed", -1], "trace-ray score: seed"),
         (["--method", "guess"], "trace-ray score: impact.method"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "nowhere"),

@@ -14,7 +14,7 @@ class LoraConfig(Section):
     """The adapter's shape (paper: r 32, alpha 16, dropout 0.1 on q_proj and v_proj)."""
 
     r: int = Field(default=32, ge=1)
-    alpha: float = Field(default=16, gt=0)
+    alpha: float = Field(default=16, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = Field(default=["q_proj", "v_proj"])
 
@@ -25,7 +25,7 @@ class ImpactConfig(Section):
     method: Literal["auto", "jvp", "ghost", "fd"] = "auto"
     """``ghost``: one batched backward pass, exact; ``jvp``: forward mode, exact, the check of the others;
     ``fd``: central difference in float32; auto = ghost."""
-    gamma: float = Field(default=1.0, gt=0)
+    gamma: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Damping: the Hessian is taken as gamma * I."""
     gold_batch: int = Field(default=64, ge=3)
     """Pairs in the gold batch (Algorithm 2)."""
@@ -61,7 +61,7 @@ class TrainingConfig(Section):
     """``trace``, an ablation or a baseline (``core.objectives`` has the list), or ``sft``."""
     loss: Literal["dpo", "ipo"] = "dpo"
     """Preference loss on inverted pairs."""
-    beta: float = Field(default=0.3, gt=0)
+    beta: float = Field(default=0.3, gt=0, allow_inf_nan=False)
     alpha_kl: float = Field(default=0.1, ge=0)
     rpo_alpha: float = Field(default=0.0, ge=0)
     """Weight of the NLL of a pair's preferred response; 0 = the paper's loss."""
@@ -100,7 +100,7 @@ class TrainingConfig(Section):
     """Precision of the passes over float32 weights; auto = bfloat16 where the device is fast at it."""
     lora: LoraConfig = LoraConfig()
     impact: ImpactConfig = ImpactConfig()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _workers_have_work(self) -> TrainingConfig:
