@@ -180,6 +180,43 @@ def test_cut_responses_are_counted(base, files):
     assert all(math.isfinite(row["raw_score"]) for row in scores(files))
 
 
+def cut_alike(row):
+    return row | {side: "far too long " * 20 + side for side in ("chosen", "rejected")}
+
+
+def test_conflicts_whose_sides_are_cut_alike_are_counted(base, files):
+    write(files / "triaged.jsonl", [cut_alike(TRIAGED[0]), TRIAGED[1], cut_alike(TRIAGED[2])])
+    done = score(base, files, "--max-length", 96)
+    assert done.exit_code == 0, done.output
+    assert "of 2 conflicts both sides are the same tokens within --max-length 96" in done.output
+    assert scores(files)[0]["raw_score"] == 0
+    assert "both sides" not in score(base, files).output
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_gold_pairs_that_are_all_cut_alike_are_refused(base, files, monkeypatch, packs):
+    monkeypatch.setattr("trace_ray.models.scorer.can_pack", lambda *_: packs)
+    write(files / "gold.jsonl", [cut_alike(row) for row in GOLD])
+    done = score(base, files, "--max-length", 96)
+    assert done.exit_code == 2
+    assert "the gold batch's gradient is exactly zero" in done.output
+    assert "3 of its 3 pairs" in done.output
+    assert "--max-length) 96; raise it" in done.output
+    assert not (files / "scores.jsonl").exists()
+    write(files / "gold.jsonl", [GOLD[0], cut_alike(GOLD[1])])
+    assert score(base, files, "--max-length", 96).exit_code == 0
+
+
+def test_a_gradient_of_zero_is_refused(base, files):
+    adapter = tiny_adapter(files / "adapter", base, seed=1)
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+    done = score(base, files, adapter=adapter)
+    assert done.exit_code == 2
+    assert "is exactly zero" in done.output
+    assert "the deployed adapter's weights are all zero" in done.output
+
+
 def test_damaged_weights_are_named_not_scored(base, files):
     adapter = tiny_adapter(files / "adapter", base, seed=1)
     path = adapter / "adapter_model.safetensors"

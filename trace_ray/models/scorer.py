@@ -109,9 +109,13 @@ class Scorer:
         """Return g_J, the gradient of the mean DPO loss over the gold batch; P g_J for ``adam``.
 
         Raises:
-            DataError: the gold batch is empty, or its gradient is NaN or infinite.
+            DataError: the gold batch is empty, or its gradient is zero, NaN or infinite.
         """
+        impact.check_gold(len(gold))
         pairs = [self.encode(g.prompt, g.chosen, g.rejected) for g in gold]
+        alike = sum(preferred == other for preferred, other in pairs)
+        if alike == len(pairs):  # in padded rows rounding can leave more than nothing of it
+            raise self._no_direction(alike, len(pairs))
         adam = self.config.impact.preconditioner == "adam"
         parts = [[i] for i in range(len(pairs))] if adam else self.batches(pairs)
         n_gold = 1 if adam else len(pairs)
@@ -124,7 +128,6 @@ class Scorer:
                 preferred, other = self.likelihood(sides).view(-1, 2).unbind(1)
                 yield counts * impact.gold_objective(preferred, other, self.config.beta, n_gold)
 
-        impact.check_gold(len(gold))
         with self._precision():
             if adam:
                 first, second = impact.gold_moments(objectives(), self.params, len(pairs))
@@ -137,7 +140,22 @@ class Scorer:
                 "the gold batch's gradient is NaN or infinite: the model's weights or its deployed "
                 f"adapter are damaged, or a gold pair is (the first: {ids})"
             )
+        if not any(bool(g.any()) for g in found.values()):
+            raise self._no_direction(alike, len(pairs))
         return found
+
+    def _no_direction(self, alike: int, n_gold: int) -> DataError:
+        why = "the deployed adapter's weights are all zero, or as good as"
+        if alike:
+            why = (
+                f"{alike} of its {n_gold} pairs have two sides that are the same tokens within "
+                f"training.max_length (--max-length) {self.config.max_length}; raise it, or take gold "
+                "pairs that differ earlier"
+            )
+        return DataError(
+            "the gold batch's gradient is exactly zero, so there is nothing to score conflicts against: "
+            + why
+        )
 
     def raw_scores(
         self,

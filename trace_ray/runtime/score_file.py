@@ -54,7 +54,13 @@ def score_files(
         for score in summary.scores
     ]
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return f"{out}: {_sentence(conflicts, skipped, summary, config)}"
+    said = f"{out}: {_sentence(conflicts, skipped, summary, config)}"
+    if alike := _count_alike(model, conflicts, config.max_length):
+        said += (
+            f"; of {alike} conflicts both sides are the same tokens within --max-length "
+            f"{config.max_length}"
+        )
+    return said
 
 
 def _check_base(model: Path, adapter: Path) -> None:
@@ -139,6 +145,21 @@ def _conflicts(path: Path) -> tuple[list[Conflict], Counter[str]]:
     ]
     skipped = Counter(str(c) for _, _, c in rows if c not in (Category.INVERT, Category.PUNISH))
     return conflicts, skipped
+
+
+def _count_alike(model: Path, conflicts: Sequence[Conflict], max_length: int) -> int:
+    """Count the conflicts whose sides are one and the same to the model."""
+    from trace_ray.models.collate import encode_sides
+    from trace_ray.models.families import load_tokenizer
+
+    if not conflicts:
+        return 0
+    tokenizer = load_tokenizer(model)
+    sides = (
+        encode_sides(tokenizer, row.prompt, (row.chosen, row.rejected), max_length)[1]
+        for row in conflicts
+    )
+    return sum(chosen == rejected for (chosen, _), (rejected, _) in sides)
 
 
 def _gold(path: Path) -> list[GoldPair]:
