@@ -18,7 +18,8 @@ def test_the_index_finds_what_comparing_all_finds(known, asked, threshold):
     same, near = PromptIndex([ask(text) for text in known], threshold).find(ask(asked))
     mine = shingles(ask(asked))
     assert same == [i for i, text in enumerate(known) if text == asked]
-    jaccard = [len(mine & s) / len(mine | s) for s in (shingles(ask(text)) for text in known)]
+    sets = [shingles(ask(text)) for text in known]
+    jaccard = [len(mine & s) / max(1, len(mine | s)) for s in sets]
     alike = {i for i, value in enumerate(jaccard) if value >= threshold and known[i] != asked}
     assert set(near) == alike
 
@@ -27,3 +28,10 @@ def test_spelling_does_not_hide_a_prompt():
     index = PromptIndex([ask("How do I reset my password on the web?")], 0.8)
     assert index.find(ask("how do I reset my password, on the WEB")) == ([], [0])
     assert index.find(ask("How do I reset my phone at work?")) == ([], [])
+
+
+def test_prompts_without_a_word_are_like_their_equals_alone():
+    index = PromptIndex([ask("???"), ask("😀"), ask("ok")], 0.5)
+    assert index.find(ask("😀")) == ([1], [])
+    assert index.find(ask("!")) == ([], [])
+    assert index.find(ask("OK!")) == ([], [2])

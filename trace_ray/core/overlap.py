@@ -19,8 +19,13 @@ Shingles = frozenset[tuple[str, ...]]
 
 
 def shingles(prompt: Prompt) -> Shingles:
-    """Return a prompt's sets of three words in a row, over all turns; a shorter one is one shingle."""
+    """Return a prompt's sets of three words in a row, over all turns; a shorter one is one shingle.
+
+    Without a word there is none: such a prompt is like its equals alone.
+    """
     words = [word for turn in prompt for word in _WORD.findall(turn.content.lower())]
+    if not words:
+        return frozenset()
     last = max(1, len(words) - SHINGLE_WORDS + 1)
     return frozenset(tuple(words[i : i + SHINGLE_WORDS]) for i in range(last))
 
