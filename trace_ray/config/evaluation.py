@@ -52,7 +52,7 @@ class EvaluationConfig(Section):
     end of its 95% interval, is kept as it is; null = every model is realigned."""
     judge_agreement: int = Field(default=64, ge=0)
     """Held-out replies a model on which this judge is compared with the one that triaged; 0 = none."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -33,5 +33,5 @@ class GateSection(Section):
     held_out: bool = True
     """The gate holds where a judge that triaged the training data also measured: what it gets wrong
     would count as a gain."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the bootstrap."""

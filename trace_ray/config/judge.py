@@ -71,7 +71,7 @@ class JudgeFitConfig(Section):
     adversarial: float = Field(default=0, ge=0, le=20)
     """How many times the labels are learnt once more, each time with other text added that tries to
     steer the judge; 0.5 takes half of them and makes the fit half as long again."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 JudgeKind = Literal["vllm", "rules", "openai", "cascade", "quorum", "scripted"]
