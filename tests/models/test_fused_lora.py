@@ -1,7 +1,9 @@
 import copy
 
+import peft
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trace_ray.config import LoraConfig
 from trace_ray.models.fused_lora import FusedLora, fuse
@@ -32,6 +34,16 @@ def test_the_fused_layers_are_pefts(model):
     loss, grads = gradients(fused)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grads, plain)
+
+
+def test_a_layer_that_is_not_linear_stays_pefts():
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+    lora = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    model = peft.get_peft_model(GPT2LMHeadModel(shape), lora).eval()
+    expected = model(IDS).logits
+    fuse(model, None)
+    torch.testing.assert_close(model(IDS).logits, expected)
 
 
 def test_dropout_falls_on_the_adapters_input_alone(model):

@@ -22,7 +22,7 @@ def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
     """Prepare a policy model for training; it stays so.
 
     Args:
-        model: its LoRA layers become ``FusedLora``.
+        model: its LoRA layers over linear ones become ``FusedLora``.
         autocast: the precision of the matmuls, in which the frozen weights of linear layers are then
             kept; None leaves them alone, and so does a model whose weights are sharded. A head that
             shares its weight with the embeddings gets its own copy: the embeddings, and with them the
@@ -31,7 +31,8 @@ def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
     if is_sharded(model):
         autocast = None
     for module in model.modules():
-        if type(module) is lora.Linear:
+        # GPT-2's Conv1D, too, is a ``lora.Linear`` to peft, its weight the other way round.
+        if type(module) is lora.Linear and isinstance(module.get_base_layer(), nn.Linear):
             module.__class__ = FusedLora
         elif autocast and isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight = nn.Parameter(module.weight.to(autocast), requires_grad=False)
