@@ -27,9 +27,9 @@ from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
 from trace_ray.types import Category
 
 PAIRS, TRIAGE = "pairs", "triage"
+"""The stages of a fleet that the store keeps."""
 OPEN = "open.json"
 """How many pairs of a triage nobody answered for."""
-"""The stages of a fleet that the store keeps."""
 
 
 @dataclass(frozen=True, slots=True)
