@@ -1,6 +1,7 @@
 """The commands about policies, judges and verdicts, in this process: no engine, no cluster."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,21 @@ import yaml
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
-from trace_ray.rollout.judging import open_judge, verdict_store
+from trace_ray.rollout.judging import open_judge, prepared_judge, verdict_store
 from trace_ray.rollout.plan import load_policy, read_inputs
 from trace_ray.rollout.review import write_review
 from trace_ray.runtime.judges import Exchange
+from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.stored_judge import StoredJudge
 from trace_ray.runtime.verdict_store import HUMAN
-from trace_ray.types import Label, Message, PreferencePair, Verdict, response_id
+from trace_ray.types import (
+    Label,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Verdict,
+    response_id,
+)
 
 ROOT = Path(__file__).parents[1]
 OLD, NEW = (ROOT / "examples" / f"policy-2026.{n}.yaml" for n in (1, 2))
@@ -179,6 +188,14 @@ def test_a_group_is_measured_as_it_decides(fleet, tmp_path):
     unsure = member(0.6, 0.4, abstain={"p_low": 0.1, "p_high": 0.9})
     refused = measured(kind="cascade", judges=[unsure, unsure])
     assert (refused.exit_code, "abstains on every label" in refused.output) == (2, True)
+    inputs = read_inputs(str(fleet.with_name("group.yaml")))
+    labels = [
+        LabelledResponse((Message("user", f"q{i}"),), f"{text} {i}", text == "foo")
+        for i in range(20)
+        for text in ("foo", "fine")
+    ]
+    _, card = prepared_judge(replace(inputs, labels=labels), Reporter(None, "judge"))
+    assert (card.auc, card.accuracy, card.kappa, card.ece) == (0.5, None, None, None)
     silent = measured(**member(None, None))
     assert (silent.exit_code, "the script says nothing" in silent.output) == (2, True)
 

@@ -31,6 +31,7 @@ class JudgeCard:
     """Of p_violate; where several judges or counts of clauses decide, of the label, an abstention being
     halfway."""
     accuracy: float | None
+    """Of the replies it decides on, like ``kappa``."""
     threshold: float
     n_fit: int
     n_calibration: int
@@ -127,7 +128,7 @@ def judge_card(spec: JudgeSpec, labels: Sequence[LabelledResponse], folder: Path
         auc_low=area.ci_low,
         auc_high=area.ci_high,
         ece=metrics.expected_calibration_error(truth, scores) if by_p else None,
-        kappa=metrics.cohen_kappa(known, said),
+        kappa=metrics.cohen_kappa(known, said) if decided else None,
     )
 
 
