@@ -1,6 +1,7 @@
 """A fleet as users see it: held, cancelled, resumed, with one model broken, then mended."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ import yaml
 from safetensors.numpy import load_file, save_file
 from small_fleet import ROOT, command, here, make_fleet, policy, report_of, trace_ray
 
+from trace_ray.rollout.parallel import keep_result, kept_results
+from trace_ray.rollout.plan import read_inputs
 from trace_ray.runtime.cluster import connected
 from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.runtime.registry import Registry, default_uri
@@ -292,3 +295,26 @@ def test_explain_tells_one_pair_s_story(mended):
     unknown = here("explain", "0" * 16, "--config", mended / "fleet.yaml")
     assert unknown.returncode == 2
     assert "has no pair" in unknown.stderr
+
+
+def test_models_whose_files_are_gone_are_reported_without(mended):
+    made = json.loads((mended / "storage/latest/models/broken.json").read_text())
+    shutil.rmtree(made["scores_path"])  # as gc does once another run is the newest
+    done = here("apply", mended / "fleet.yaml", "--only", "good")
+    assert done.returncode == 0, done.stderr
+    report = report_of(mended)
+    assert [model["name"] for model in report["models"]] == ["good"]
+    assert "were removed" in report["unchanged"]["broken"]
+
+
+@pytest.mark.parametrize("name", ["scores_path", "answers_path", "adapter_path"])
+def test_a_result_is_kept_as_long_as_its_files(tmp_path, name):
+    inputs = read_inputs(str(make_fleet(tmp_path)))
+    place = tmp_path / "there"
+    keep_result(inputs, "good", {name: str(place), "adapter_sha256": "a"})
+    keep_result(inputs, "other", {"error": "no room"})
+    place.write_text(json.dumps([]))
+    assert kept_results(inputs).keys() == {"good", "other"}
+    place.unlink()
+    assert kept_results(inputs).keys() == {"other"}
+    assert kept_results(inputs, whole=False).keys() == {"good", "other"}
