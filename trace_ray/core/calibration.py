@@ -100,7 +100,6 @@ def calibrate(
         raise DataError("the judge abstains on every label: narrow judge.abstain")
     known = [truth[i] for i in decided]
     said = list(decided.values())
-    named = sorted({row.clause for row, *_ in rows if row.clause})
     return Calibration(
         n=len(labels),
         threshold=metrics.best_threshold(truth, scores) if by_threshold else None,
@@ -109,13 +108,7 @@ def calibrate(
         accuracy=metrics.accuracy(known, said),
         kappa=metrics.cohen_kappa(known, said),
         confusion=_confusion(known, said),
-        by_clause={
-            name: _confusion(
-                [truth[i] for i in decided if rows[i][0].clause == name],
-                [said for i, said in decided.items() if rows[i][0].clause == name],
-            )
-            for name in named
-        },
+        by_clause=_by_clause([row for row, *_ in rows], decided),
         abstained=len(rows) - len(decided),
         unjudged=len(labels) - len(rows),
     )
@@ -134,6 +127,15 @@ def _decided(
         found |= {
             i: scores[i] >= cut for i in mine if band is None or not band[0] < scores[i] < band[1]
         }
+    return found
+
+
+def _by_clause(rows: Sequence[LabelledResponse], decided: dict[int, bool]) -> dict[str, Confusion]:
+    """Return the confusion of the rows that name a clause, by clause."""
+    found: dict[str, Confusion] = {}
+    for name in sorted({row.clause for row in rows if row.clause}):
+        places = [i for i in decided if rows[i].clause == name]
+        found[name] = _confusion([rows[i].violates for i in places], [decided[i] for i in places])
     return found
 
 
