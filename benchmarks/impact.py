@@ -71,13 +71,14 @@ def main(
     rows: int = typer.Option(30, help="Rows of a round; three in five are conflicts."),
     gold: int = typer.Option(6, help="Size of the gold batch."),
     method: str = "auto",
+    batch_tokens: int = typer.Option(1024, help="Of a forward pass of ours."),
     threads: int = 2,
 ) -> None:
     """Time both sides and compare their scores."""
     torch.set_num_threads(threads)
     folder = Path(resolve_model(base, None, Path(".trace-ray/models")).path)
     lora = {"r": 8, "alpha": 8, "dropout": 0, "targets": ["q_proj", "v_proj"]}
-    settings = {"gold_batch": gold, "method": method}
+    settings = {"gold_batch": gold, "method": method, "batch_tokens": batch_tokens}
     config = TrainingConfig.model_validate({"lora": lora, "impact": settings, "max_length": WIDTH})
     pool = triaged_rows(load_tokenizer(folder), rounds * rows, WIDTH)
     exact: list[float] = []

@@ -24,7 +24,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from benchmarks.hh_rows import triaged_rows
-from benchmarks.table import cpu_name
+from benchmarks.table import device_name
 from trace_ray.core.derivatives import Params
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.references import resolve_model
@@ -124,7 +124,7 @@ def main(
                 "base": base,
                 "deployed": adapter is not None,
                 "threads": threads,
-                "cpu": cpu_name(),
+                "device": device_name(),
             }
         )
     show(found)

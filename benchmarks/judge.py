@@ -173,6 +173,7 @@ def main(
     batch: int = typer.Option(64, help="Pairs of a batch of ours."),
     reference: int = typer.Option(20, help="Pairs of the reference; two more are not timed."),
     threads: int = 2,
+    gpus: float = typer.Option(0, help="Of a side's worker."),
 ) -> None:
     """Measure all three, one after another."""
     folder = Path(resolve_model(model, None, Path(".trace-ray/models")).path)
@@ -184,7 +185,7 @@ def main(
             "judge_both": True,
             "batch_size": batch,
             "engine": {"block_size": 32},
-            "resources": {"threads": threads},
+            "resources": {"threads": threads, "num_gpus": gpus},
         }
     )
     tokenizer = load_tokenizer(folder)

@@ -31,6 +31,7 @@ from trace_ray.config import TrainingConfig
 from trace_ray.core import losses
 from trace_ray.core.impact import GoldPair
 from trace_ray.models.collate import EncodedRow, encode_sides
+from trace_ray.models.device import has_gpu
 from trace_ray.models.policy_model import load_policy_model, trained_parameters
 from trace_ray.types import Category, PreferencePair, TriagedPair
 
@@ -44,23 +45,25 @@ class Reference:
 
     def __init__(self, base: Path, config: TrainingConfig, *, autocast: bool):
         self.config, self.autocast = config, autocast
-        self.policy: Any = load_policy_model(base, None, config.lora, seed=config.seed)
-        self.frozen: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.device = torch.device("cuda" if has_gpu() else "cpu")
+        policy: Any = load_policy_model(base, None, config.lora, seed=config.seed)
+        frozen: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.policy, self.frozen = policy.to(self.device), frozen.to(self.device)
         self.frozen.requires_grad_(False).eval()
         self.params: list[Any] = list(trained_parameters(self.policy).values())
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast:
-            return torch.autocast("cpu", dtype=torch.bfloat16)
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
     def _predictions(self, model: Any, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits [WIDTH - 1, V], the next tokens and the response mask [WIDTH - 1]."""
         prompt, response = exchange
-        ids = torch.zeros(1, WIDTH, dtype=torch.int64)
-        seen, answer = torch.zeros_like(ids), torch.zeros(WIDTH)
+        ids = torch.zeros(1, WIDTH, dtype=torch.int64, device=self.device)
+        seen, answer = torch.zeros_like(ids), torch.zeros(WIDTH, device=self.device)
         end = len(prompt) + len(response)
-        ids[0, :end] = torch.tensor([*prompt, *response])
+        ids[0, :end] = torch.tensor([*prompt, *response], device=self.device)
         seen[0, :end] = 1
         answer[len(prompt) : end] = 1
         with self._precision():
@@ -138,7 +141,7 @@ class Reference:
 
     def _row_loss(self, row: EncodedRow, counts: losses.Denominators) -> Tensor:
         chosen, rejected = (row.prompt_ids, row.chosen_ids), (row.prompt_ids, row.rejected_ids)
-        zero = torch.zeros(1)
+        zero = torch.zeros(1, device=self.device)
         r_w, r_l, kl = zero, zero, zero
         if row.category is Category.RETAIN:
             kl = self._kl(chosen)[None]
@@ -151,8 +154,8 @@ class Reference:
             chosen_logratio=r_w,
             rejected_logratio=r_l,
             kl=kl,
-            category=torch.tensor([losses.CATEGORY_CODES[row.category]]),
-            weight=torch.tensor([row.weight]),
+            category=torch.tensor([losses.CATEGORY_CODES[row.category]], device=self.device),
+            weight=torch.tensor([row.weight], device=self.device),
         )
         config = self.config
         return losses.hybrid(terms, counts, beta=config.beta, alpha_kl=config.alpha_kl).loss

@@ -35,7 +35,7 @@ import typer
 import yaml
 
 from benchmarks.table import report
-from trace_ray.config import EngineConfig
+from trace_ray.config import EngineConfig, Resources
 from trace_ray.core.judge_prompt import judge_prompt
 from trace_ray.core.policy import Policy
 from trace_ray.models.adapters import adapter_sha256
@@ -187,7 +187,7 @@ def our_endpoint(config: ServeConfig) -> Iterator[str]:
 
 
 def served(
-    base: str, engine: EngineConfig, threads: int, policy: Path, folder: Path, n: int
+    base: str, engine: EngineConfig, resources: Resources, policy: Path, folder: Path, n: int
 ) -> ServeConfig:
     """Return one base as ``plain``, with n random adapters, and as ``noted``, with verdicts."""
     from trace_ray.testing import tiny_adapter
@@ -205,7 +205,8 @@ def served(
             ServedModel(name="noted", base=base, compliance=compliance),
         ],
         engine=engine,
-        num_cpus=threads,
+        num_cpus=resources.n_threads,
+        num_gpus=resources.num_gpus,
     )
 
 
@@ -287,6 +288,7 @@ def main(
     tokens: int = typer.Option(64, help="Of a reply."),
     repeats: int = 5,
     threads: int = 2,
+    gpus: float = typer.Option(0, help="Share of a GPU that each server has, below 0.5."),
 ) -> None:
     """Start both servers and measure all sides, interleaved."""
     from trace_ray.models.families import load_tokenizer
@@ -294,11 +296,18 @@ def main(
     # Ray would give way to other processes, plain vLLM would not.
     os.environ.setdefault("RAY_worker_niceness", "0")
     base = str(Path(resolve_model(model, None, Path(".trace-ray/models")).path).absolute())
-    engine = EngineConfig(block_size=32, max_model_len=2048, max_loras=adapters, max_lora_rank=8)
+    resources = Resources(num_cpus=threads, num_gpus=gpus)
+    engine = EngineConfig(
+        block_size=32,
+        max_model_len=2048,
+        max_loras=adapters,
+        max_lora_rank=8,
+        gpu_memory_utilization=0.4,  # both servers run on one
+    )
     tokenizer = load_tokenizer(base)
     with tempfile.TemporaryDirectory() as name:
         judged = without_checks(policy, Path(name))
-        config = served(base, engine, threads, judged, Path(name), adapters)
+        config = served(base, engine, resources, judged, Path(name), adapters)
         rotation = [adapter.id for adapter in config.models[0].adapters]
         make = Bodies(load_policy(str(judged)), tokens)
         spawn = multiprocessing.get_context("spawn")

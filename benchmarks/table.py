@@ -7,12 +7,17 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from trace_ray.models.device import has_gpu
 
-def cpu_name() -> str:
-    """Return the CPU's model name."""
+
+def device_name() -> str:
+    """Return the model name of the GPU, where there is one, else of the CPU."""
+    if has_gpu():
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -23,7 +28,7 @@ def cpu_name() -> str:
 
 def report(benchmark: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Print the rows ``{measure, value[, target, unit, note]}`` of one benchmark."""
-    table = Table("measure", "value", "target", "note", title=f"{benchmark} on {cpu_name()}")
+    table = Table("measure", "value", "target", "note", title=f"{benchmark} on {device_name()}")
     for row in rows:
         value = row["value"]
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -36,6 +41,6 @@ def report(benchmark: str, settings: dict[str, Any], rows: list[dict[str, Any]])
     Console(stderr=True, width=110).print(table)
     found = {row["measure"]: row["value"] for row in rows}
     print(
-        json.dumps({"benchmark": benchmark, "cpu": cpu_name(), **settings, "found": found}),
+        json.dumps({"benchmark": benchmark, "device": device_name(), **settings, "found": found}),
         flush=True,
     )

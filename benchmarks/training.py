@@ -7,11 +7,11 @@ hybrid loss of all rows, measured in float32 by one evaluator on both trained ad
 Throughput counts model FLOPs: of matmuls 2 N T forward and 2 N T for the gradient in the activations
 (N: parameters of the linear layers, the head only for the positions it runs on), the adapter's own 6 n T,
 attention over the pairs of tokens that see each other (4 d forward, 8 d backward, per layer), and the
-reference's forward where a step runs one. The machine's rate is a 2048 x 2048 x 2048 matmul in the
-precision of training, measured between the steps.
+reference's forward where a step runs one. The machine's rate is a matmul of 2048 x 2048 x 2048 (on a GPU
+of 8192 x 8192 x 8192) in the precision of training, measured between the steps.
 
 Memory: each side trains in its own process; what its resident set grew by, at its highest, since before the
-model was loaded.
+model was loaded; on a GPU, what was allocated there at most.
 """
 
 from __future__ import annotations
@@ -35,11 +35,19 @@ from benchmarks.reference import WIDTH, Reference
 from benchmarks.table import report
 from trace_ray.config import TrainingConfig
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator
+from trace_ray.models.device import has_gpu
 from trace_ray.models.families import load_tokenizer
 from trace_ray.models.packing import can_pack
 from trace_ray.models.policy_model import load_policy_model, trained_parameters
 from trace_ray.models.references import resolve_model
 from trace_ray.models.trainer import RealignTrainer, autocast_dtype, training_arguments
+
+
+def now() -> float:
+    """Return the clock's seconds when all work that was asked of the device is done."""
+    if has_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class AfterStep(TrainerCallback):
@@ -50,30 +58,31 @@ class AfterStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.mark = time.perf_counter()
+        self.mark = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the clock."""
-        self.then(time.perf_counter() - self.mark)
-        self.mark = time.perf_counter()
+        self.then(now() - self.mark)
+        self.mark = now()
 
 
 def our_trainer(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> RealignTrainer:
     """Return the trainer as the product builds it."""
     model = load_policy_model(folder, None, config.lora, seed=config.seed)
-    arguments = training_arguments(config, Path(".trace-ray/bench"), use_cpu=True)
+    arguments = training_arguments(config, Path(".trace-ray/bench"), use_cpu=not has_gpu())
     pack = can_pack(model.config, config.max_length)
     trainer = RealignTrainer(model, rows, config, arguments, pack=pack)
     trainer.remove_callback(PrinterCallback)  # stdout is for the result alone
     return trainer
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
+def matmul_rate(dtype: torch.dtype) -> float:
     """Return FLOP/s of one square matmul."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    started = time.perf_counter()
+    device, size = ("cuda", 8192) if has_gpu() else ("cpu", 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    started = now()
     torch.mm(a, b)
-    return 2 * size**3 / (time.perf_counter() - started)
+    return 2 * size**3 / (now() - started)
 
 
 def step_flops(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -97,7 +106,9 @@ def step_flops(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float
 
 
 def high_water(reset: bool = False) -> float:
-    """Return the highest resident set of this process in MiB, or start it anew."""
+    """Return the most memory that this process had at once in MiB, or start it anew."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated() / 2**20
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -137,8 +148,8 @@ def final_losses(
             size = config.batch_size
             total = 0.0
             for at in range(0, len(rows), size):
-                batch = HybridCollator(True)(rows[at : at + size])
-                total += float(trainer.compute_loss(model, batch))
+                batch = HybridCollator(not has_gpu())(rows[at : at + size])
+                total += float(trainer.compute_loss(model, trainer._prepare_inputs(batch)))
         found.append(total * size / len(rows))
     return found
 
@@ -166,9 +177,9 @@ def race(folder: Path, rows: list[EncodedRow], config: TrainingConfig) -> Race:
     seconds: list[tuple[float, float, float]] = []
 
     def then(elapsed: float) -> None:
-        started = time.perf_counter()
+        started = now()
         next(peer_steps)
-        peer_s = time.perf_counter() - started
+        peer_s = now() - started
         seconds.append((elapsed, peer_s, max(matmul_rate(dtype) for _ in range(3))))
 
     trainer.add_callback(AfterStep(then))
@@ -228,7 +239,8 @@ def measures(
 
 def main(
     base: str = "demo:smollm2",
-    steps: int = typer.Option(10, help="Optimizer steps of 4 rows."),
+    steps: int = typer.Option(10, help="Optimizer steps."),
+    batch: int = typer.Option(4, help="Rows of a step."),
     memory_steps: int = typer.Option(3, help="Steps of the memory measurement."),
     rank: int = 32,
     targets: str = typer.Option("q_proj,v_proj", help="Names, or all-linear."),
@@ -243,7 +255,7 @@ def main(
     names = targets if targets == "all-linear" else targets.split(",")
     config = TrainingConfig.model_validate(
         {
-            "batch_size": 4,
+            "batch_size": batch,
             "max_length": WIDTH,
             "learning_rate": learning_rate,
             "autocast": autocast,
@@ -259,7 +271,7 @@ def main(
         print(json.dumps(memory_of(side, folder, rows, config)))
         return
     options = ["--base", base, "--memory-steps", memory_steps, "--rank", rank, "--threads", threads]
-    options += ["--targets", targets, "--autocast", autocast]
+    options += ["--targets", targets, "--autocast", autocast, "--batch", batch]
     memory = {
         name: _memory_in_subprocess(name, [str(option) for option in options])
         for name in ("ours", "reference")

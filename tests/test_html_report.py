@@ -79,6 +79,7 @@ def page(tmp_path_factory):
         "registered_as": "trace-one/2",
         "rows": 5,
         "truncated": 0,
+        "alike": 0,
         "pairs_per_s": 1.5,
         "wall_s": {"score": None, "train": 3.2, "measure": 1},
         "tpa_before": ONE,

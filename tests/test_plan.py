@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trace_ray.config import Resources, load_config
+from trace_ray.config import JudgeConfig, ModelConfig, Resources, load_config
+from trace_ray.config.oracle import VLLMOracle
 from trace_ray.errors import ConfigError
 from trace_ray.models.references import resolve_model
 from trace_ray.rollout import estimate
@@ -25,6 +26,7 @@ from trace_ray.rollout.plan_file import (
 from trace_ray.rollout.planning import CHANGES, FleetPlan, ModelPlan
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
+from trace_ray.serve.config import ServeConfig
 from trace_ray.testing import tiny_adapter, tiny_model, tiny_task
 
 
@@ -113,6 +115,22 @@ def test_an_earlier_run_on_the_same_base_is_believed_before_arithmetic(job):
     known = estimate.stage_costs(job, shape, units, tokens)[SCORES]
     assert known.seconds == pytest.approx(40 * 2.5 / 10)
     assert "2.5 s for 10; 40 now" in known.basis
+
+
+def test_an_engine_may_take_no_more_of_a_gpu_than_its_worker_holds():
+    shared = {"resources": {"num_gpus": 0.4}}
+    enough = shared | {"engine": {"gpu_memory_utilization": 0.3}}
+    served = {"models": [{"name": "a", "base": "x"}], "num_gpus": 0.4}
+    for section, more in (
+        (ModelConfig, {"name": "a", "base": "x"}),
+        (VLLMOracle, {"kind": "vllm", "model": "x"}),
+        (JudgeConfig, {"model": "x"}),
+    ):
+        section.model_validate(more | enough)
+        with pytest.raises(ValueError, match=r"0\.85 of a GPU is more than num_gpus 0\.4 reserves"):
+            section.model_validate(more | shared)
+    with pytest.raises(ValueError, match=r"num_gpus 0\.4"):
+        ServeConfig.model_validate(served)
 
 
 def test_device_time_is_of_all_workers_and_of_gpus_where_there_are_some(job):

@@ -14,9 +14,10 @@ def printed(report):
 
 def report_of(*truncated):
     models = [
-        {"name": f"m{i}", "registered_as": "r/1", "rows": 24, "truncated": n, "tpa_before": None}
+        {"name": f"m{i}", "registered_as": "r/1", "rows": 24, "truncated": n, "alike": n // 2}
         for i, n in enumerate(truncated)
     ]
+    models = [model | {"tpa_before": None} for model in models]
     policy = {"id": "acme", "version": "2"}
     return {"policy": policy, "models": models, "failed": {}, "unchanged": {}, "triage": None}
 
@@ -24,8 +25,8 @@ def report_of(*truncated):
 def test_rows_that_were_cut_are_in_the_table_where_there_are_any():
     cut = printed(report_of(0, 3))
     assert "rows cut" in cut
-    assert "3 of 24" in cut
-    assert "0 of 24" in cut
+    assert "3 of 24, 1 with both sides alike" in cut
+    assert "0 of 24 " in cut
     assert "cut" not in printed(report_of(0, 0))
 
 

@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from benchmarks.proof.cells import PROMPTS, ROOT, STORAGE, Cell, all_cells
-from benchmarks.table import cpu_name
+from benchmarks.table import device_name
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -64,7 +64,7 @@ def run(cell: Cell) -> None:
             raise SystemExit(f"{cell.name}: {step} failed:\n{done.stdout}\n{done.stderr}")
     report = json.loads((ROOT / STORAGE / "latest" / "report.json").read_text())
     row = {"key": cell.key, "cell": asdict(cell), **_summary(report)}
-    row |= {"seconds": round(time.monotonic() - started), "machine": cpu_name()}
+    row |= {"seconds": round(time.monotonic() - started), "machine": device_name()}
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
     before, after = row["tpa_before"]["value"], row["tpa_after"]["value"]

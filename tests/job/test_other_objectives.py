@@ -75,7 +75,10 @@ def test_an_objective_end_to_end(folder, objective):
     assert model["impact"] is None
     # Cut to 48 tokens: said in the table.
     assert model["truncated"] > 0
-    assert f"{model['truncated']} of {model['rows']}" in " ".join(done.stdout.split())
+    assert 0 < model["alike"] < model["truncated"]
+    assert f"{model['truncated']} of {model['rows']}, {model['alike']} with" in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_triage_is_made_once_and_its_metrics_are_in_mlflow(folder):

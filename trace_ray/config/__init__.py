@@ -29,7 +29,13 @@ from trace_ray.config.gate import GateSection
 from trace_ray.config.judge import JudgeConfig, JudgeFitConfig
 from trace_ray.config.oracle import FileOracle, OracleConfig, VLLMOracle
 from trace_ray.config.rollout import RolloutSection
-from trace_ray.config.sections import EngineConfig, Resources, RetriesConfig, Section
+from trace_ray.config.sections import (
+    EngineConfig,
+    Resources,
+    RetriesConfig,
+    Section,
+    fits_its_share,
+)
 from trace_ray.config.serve import ServeSection
 from trace_ray.config.training import ImpactConfig, LoraConfig, TrainingConfig
 from trace_ray.core.objectives import CORRECTED
@@ -110,6 +116,11 @@ class ModelConfig(Section):
     training: TrainingConfig = TrainingConfig()
     """This model's differences from the fleet's ``training``."""
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> ModelConfig:
+        fits_its_share(self.engine, self.resources.num_gpus)
+        return self
 
 
 class TrackingConfig(Section):

@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trace_ray.config.sections import CountRange, EngineConfig, Resources, Section
+from trace_ray.config.sections import (
+    CountRange,
+    EngineConfig,
+    Resources,
+    Section,
+    fits_its_share,
+)
 
 
 class AbstainConfig(Section):
@@ -148,6 +154,8 @@ class JudgeConfig(Section):
             raise ValueError("'judges' may not hold a cascade or quorum in turn")
         if self.agree is not None and self.agree > len(self.judges):
             raise ValueError(f"agree {self.agree} is more than the {len(self.judges)} judges")
+        if self.kind == "vllm":
+            fits_its_share(self.engine, self.resources.num_gpus)
         return self
 
     @property

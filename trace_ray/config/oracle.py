@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from trace_ray.config.sections import EngineConfig, Resources, Section
+from trace_ray.config.sections import EngineConfig, Resources, Section, fits_its_share
 
 
 class FileOracle(Section):
@@ -34,6 +34,11 @@ class VLLMOracle(Section):
     max_new_tokens: int = Field(default=96, ge=1)
     resources: Resources = Resources()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> VLLMOracle:
+        fits_its_share(self.engine, self.resources.num_gpus)
+        return self
 
 
 class OpenAIOracle(Section):

@@ -75,7 +75,7 @@ class EngineConfig(Section):
     kv_cache_gb: float = Field(default=1, gt=0)
     """CPU only: size of the key-value cache, GiB."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
-    """GPU only: share of the memory the engine may take."""
+    """GPU only: share of each GPU's memory the engine may take; at most what ``num_gpus`` reserves."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     enforce_eager: bool = True
@@ -84,6 +84,20 @@ class EngineConfig(Section):
     """Adapters active in one batch."""
     max_lora_rank: int = Field(default=64, ge=8)
     """Largest adapter rank the engine can hold."""
+
+
+def fits_its_share(engine: EngineConfig, num_gpus: float) -> None:
+    """Check an engine against the GPUs that its worker holds.
+
+    Raises:
+        ValueError: it takes more of a shared GPU's memory than the worker's part of that GPU.
+    """
+    if 0 < num_gpus < engine.gpu_memory_utilization:
+        raise ValueError(
+            f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of a GPU is more than "
+            f"num_gpus {num_gpus:g} reserves of it; set it to less than that, for the worker's own "
+            "models need some too"
+        )
 
 
 class RetriesConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 
 def has_gpu() -> bool:
     """Say whether this process sees a CUDA (or ROCm) device."""
@@ -22,3 +24,12 @@ def fast_bfloat16() -> bool:
         return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def release_memory() -> None:
+    """Give back to the GPU what models that this process is done with still hold of it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ from typing import Any
 
 from trace_ray.config import EngineConfig
 from trace_ray.errors import ModelError, TraceRayError
-from trace_ray.models.device import fast_bfloat16, has_gpu
+from trace_ray.models.device import fast_bfloat16, has_gpu, release_memory
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for ``max_lora_rank``."""
@@ -40,7 +40,9 @@ class AdapterPath:
         return _adapter_numbers.setdefault(os.path.abspath(self.path), len(_adapter_numbers) + 1)
 
 
-def engine_env(num_cpus: float = 1, kv_cache_gb: float = 1) -> dict[str, str]:
+def engine_env(
+    num_cpus: float = 1, kv_cache_gb: float = 1, gpu: bool | None = None
+) -> dict[str, str]:
     """Return the environment of a process that holds an engine.
 
     Set it before vLLM is imported (Ray: ``runtime_env={"env_vars": ...}``).
@@ -48,12 +50,14 @@ def engine_env(num_cpus: float = 1, kv_cache_gb: float = 1) -> dict[str, str]:
     Args:
         num_cpus: Cores of the engine; becomes its number of threads, at least 1.
         kv_cache_gb: CPU only: size of the key-value cache, GiB, rounded up to a whole number.
+        gpu: whether the engine has a GPU; None = where this process sees one.
     """
     env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
     if offline := os.environ.get("HF_HUB_OFFLINE"):
         env["HF_HUB_OFFLINE"] = offline
-    if has_gpu():
-        return env
+    if has_gpu() if gpu is None else gpu:
+        # The engine's process: one forked from a process that has asked for a GPU can't use it.
+        return env | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     return env | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -148,7 +152,9 @@ class Engine:
         os.environ.update(engine_env(num_cpus, config.kv_cache_gb))
         import torch
 
-        if not has_gpu():
+        if has_gpu():
+            release_memory()
+        else:
             torch.set_num_threads(max(1, int(num_cpus)))
         from trace_ray.models.vllm_cpu_lora import register
 

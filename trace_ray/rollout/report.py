@@ -125,6 +125,7 @@ def _model(result: dict[str, Any]) -> dict[str, Any]:
             "registered_as",
             "rows",
             "truncated",
+            "alike",
             "pairs_per_s",
             "wall_s",
             "impact",
@@ -294,13 +295,19 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_column("rows cut", justify="right")
     table.add_column("registered as")
     for model in report["models"]:
-        cut = [f"{model['truncated']} of {model['rows']}"] if is_cut else []
+        cut = [_cut(model)] if is_cut else []
         table.add_row(model["name"], *_cells(model), *cut, model["registered_as"])
     for name, error in report["failed"].items():
         table.add_row(name, f"[red]failed: {error}[/red]")
     for name, why in report["unchanged"].items():
         table.add_row(name, f"kept: {why}")
     return table
+
+
+def _cut(model: dict[str, Any]) -> str:
+    """Return how many rows ``max_length`` cut, and of how many nothing is left that differs."""
+    alike = f", {model['alike']} with both sides alike" if model["alike"] else ""
+    return f"{model['truncated']} of {model['rows']}{alike}"
 
 
 def triage_line(report: dict[str, Any]) -> str | None:

@@ -264,6 +264,7 @@ def _save_outcome(job: TrainJob, trainer: RealignTrainer, probes: list[Probe]) -
         "steps": trainer.state.global_step,
         "rows": len(trainer.rows),
         "truncated": sum(row.truncated for row in trainer.rows),
+        "alike": sum(row.chosen_ids == row.rejected_ids for row in trainer.rows),
     }
     write_json(Path(job.out, HISTORY), history)
     job.needs.give(Path(job.out))

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_serializer, model_validator
 
 from trace_ray.config import EngineConfig, Section, validation_problems
 from trace_ray.config.judge import JudgeConfig, TierName
+from trace_ray.config.sections import fits_its_share
 from trace_ray.config.serve import ComplianceSettings, Limits, Records, Replicas
 from trace_ray.core.policy import Policy
 from trace_ray.errors import ConfigError, problems
@@ -188,6 +189,7 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _models_agree(self) -> ServeConfig:
+        fits_its_share(self.engine, self.num_gpus)
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("model names must differ")
