@@ -88,6 +88,21 @@ def test_a_sharded_base_takes_its_share_a_layer_and_the_embeddings(job):
     assert memory.weights == 2 * (8_000_000_000 + 800_000_000 + 819_200_000)
 
 
+def test_a_base_in_4_bits_takes_them_for_its_linear_layers(job, monkeypatch):
+    found = estimate.shape_of(Path(job.base_dir), "all-linear")
+    assert found.linear == 2 * (3 * 64 * 128 + 2 * 64 * 64 + 2 * 64 * 32)
+    shape = estimate.Shape(8_000_000_000, 4096, 32, 128_000, 100_000, 7_000_000_000)
+    training = job.model.training.model_copy(update={"base_dtype": "nf4"})
+    for gpus, fast, size in ((1, False, 2), (0, True, 2), (0, False, 4)):
+        monkeypatch.setattr(estimate, "fast_bfloat16", lambda fast=fast: fast)
+        update = {"training": training, "resources": Resources(num_gpus=gpus)}
+        model = job.model.model_copy(update=update)
+        memory = estimate.training_memory(dataclasses.replace(job, model=model), shape, 1000)
+        # A layer's weights are made anew at a time.
+        whole = 1_000_000_000 + 7_000_000_000 // 32
+        assert memory.weights == pytest.approx(7e9 * 0.515869140625 + size * whole, abs=1)
+
+
 def test_the_engine_that_answers_for_a_sharded_base_holds_all_its_gpus(job):
     sharing = {"workers": 8, "batch_size": 8, "shard_base": True}
     training = job.model.training.model_copy(update=sharing)

@@ -81,8 +81,10 @@ class TrainingConfig(Section):
     shard_base: bool = False
     """Of the base's weights each of ``workers`` holds its share and gets the others layer by layer (FSDP2):
     for models that don't fit one worker. The adapter is whole on each."""
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which the base's frozen weights are loaded to score, train and measure; the adapter is float32."""
+    base_dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
+    """In which the base's frozen weights are loaded to score, train and measure; the adapter is float32.
+    ``nf4``: 4 bits a weight of linear layers (QLoRA; needs bitsandbytes), the rest, experts that share one
+    matrix too, in bfloat16, or in float32 where the device isn't fast at bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
@@ -117,4 +119,18 @@ class TrainingConfig(Section):
             )
         if self.shard_base and self.impact.method == "jvp":
             raise ValueError("impact.method: jvp needs the whole base on one worker; take ghost")
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_go_with_the_rest(self) -> TrainingConfig:
+        if self.base_dtype == "nf4" and self.shard_base:
+            raise ValueError(
+                "base_dtype: a base in nf4 is whole on each worker; take bfloat16 for shard_base, or "
+                "leave shard_base out"
+            )
+        if self.base_dtype == "nf4" and self.impact.method == "fd":
+            raise ValueError(
+                "impact.method: finite differences need base_dtype float32, as nf4 computes in "
+                "bfloat16 where that is fast; take ghost"
+            )
         return self

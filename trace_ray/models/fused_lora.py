@@ -24,9 +24,9 @@ def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
     Args:
         model: its LoRA layers over linear ones become ``FusedLora``.
         autocast: the precision of the matmuls, in which the frozen weights of linear layers are then
-            kept; None leaves them alone, and so does a model whose weights are sharded. A head that
-            shares its weight with the embeddings gets its own copy: the embeddings, and with them the
-            residual stream, stay as they are.
+            kept; None leaves them alone, and so does a model whose weights are sharded. Quantised ones
+            stay so. A head that shares its weight with the embeddings gets its own copy: the
+            embeddings, and with them the residual stream, stay as they are.
     """
     if is_sharded(model):
         autocast = None
@@ -34,13 +34,18 @@ def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
         # GPT-2's Conv1D, too, is a ``lora.Linear`` to peft, its weight the other way round.
         if type(module) is lora.Linear and isinstance(module.get_base_layer(), nn.Linear):
             module.__class__ = FusedLora
-        elif autocast and isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        elif autocast and isinstance(module, nn.Linear) and _is_plain(module.weight):
             module.weight = nn.Parameter(module.weight.to(autocast), requires_grad=False)
     if autocast:
         # What is left of the file of weights, mapped into memory, would keep all of it there.
         for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.dtype != autocast:
+            if _is_plain(parameter) and parameter.dtype != autocast:
                 parameter.data = parameter.data.clone()
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Say whether a weight is frozen, and its numbers are the weights: those in 4 bits are codes."""
+    return not weight.requires_grad and weight.is_floating_point()
 
 
 class FusedLora(lora.Linear):

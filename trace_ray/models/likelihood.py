@@ -23,7 +23,7 @@ from trace_ray.core.derivatives import Params
 from trace_ray.errors import ModelError
 from trace_ray.models.collate import pad_sequences
 from trace_ray.models.packing import pack_groups
-from trace_ray.models.policy_model import TRAINED
+from trace_ray.models.policy_model import TRAINED, is_quantised
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -194,8 +194,12 @@ class Line:
     def merged(self) -> Iterator[None]:
         """Within the block theta_ref's LoRA product is part of the base weights: fewer operations.
 
-        Taking it out again leaves the base weights up to a rounding error away from what they were.
+        Taking it out again leaves the base weights up to a rounding error away from what they were. Into
+        quantised weights, of few values each, nothing is merged.
         """
+        if is_quantised(self.model):
+            yield
+            return
         self.model.merge_adapter([TRAINED])
         try:
             yield
@@ -219,13 +223,22 @@ def _moved(part: _Factors, steps: torch.Tensor) -> Any:
     return hook
 
 
-def _factors(model: PeftModel, direction: Params) -> list[_Factors]:
-    from peft.tuners.lora import Linear
+def _has_factors(layer: Any) -> bool:
+    """Say whether a layer is a linear one that is trained by LoRA, quantised or not."""
+    from peft.tuners.lora import Linear, LoraLayer
 
+    if not isinstance(layer, LoraLayer) or TRAINED not in layer.lora_A:
+        return False
+    # Over quantised weights peft's layer is of another class; GPT-2's Conv1D is linear to peft alone.
+    return isinstance(layer, Linear) or isinstance(layer.get_base_layer(), torch.nn.Linear)
+
+
+def _factors(model: PeftModel, direction: Params) -> list[_Factors]:
     left = dict(direction)
     found = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Linear) or TRAINED not in layer.lora_A:
+    layers: Iterator[tuple[str, Any]] = model.named_modules()
+    for name, layer in layers:
+        if not _has_factors(layer):
             continue
         if TRAINED in layer.lora_variant:
             raise ModelError(

@@ -6,12 +6,13 @@ where one is deployed, else the base with adapters off.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import LoraConfig
 from trace_ray.errors import ModelError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINED, REFERENCE = "default", "ref"
+NF4 = "nf4"
+"""Of the base's precisions, the one that is no dtype of torch's."""
 
 
 def load_policy_model(
@@ -44,7 +47,7 @@ def load_policy_model(
         seed: of the fresh adapter's A matrices.
         attention: transformers' attention implementation; ``sdpa`` goes block by block where a batch
             is packed, and is ``eager`` for a model whose attention it doesn't know.
-        dtype: of the frozen base weights; adapters are float32.
+        dtype: of the frozen base weights, or ``nf4``; adapters are float32.
         shards: workers that hold a share of the base's weights each (FSDP2), all of them calling this at
             once; adapters are whole on each.
 
@@ -127,7 +130,7 @@ def load_measured_model(
         base: directory of safetensors weights.
         before: directory of the deployed adapter; None = the base.
         after: directory of the realigned adapter.
-        dtype: of the base's weights.
+        dtype: of the base's weights, or ``nf4``.
         shards: as for ``load_policy_model``.
 
     Raises:
@@ -155,19 +158,42 @@ def _load_base(base: str | Path, attention: str, dtype: str, shards: int = 1) ->
 
     from trace_ray.models.attention import BLOCKWISE
 
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype, None)}
+    if dtype == NF4:
+        options = _quantising()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(base),
-            dtype=getattr(torch, dtype),
             attn_implementation=BLOCKWISE if attention == "sdpa" else attention,
             use_safetensors=True,
             distributed_config=DistributedConfig(fsdp_size=shards) if shards > 1 else None,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{base}: can't be loaded as a causal language model: {error}") from None
+    if dtype == NF4:
+        from trace_ray.models.nf4 import unify
+
+        unify(model)
     if attention == "sdpa" and not _has_sdpa(model):
         model.set_attn_implementation("eager")
     return model
+
+
+def _quantising() -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs to quantise; it puts the model on the GPU where there is one.
+
+    Raises:
+        ModelError: bitsandbytes isn't installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "training.base_dtype: nf4 needs bitsandbytes, which isn't installed: "
+            "pip install 'trace-ray[gpu]', or set bfloat16"
+        )
+    from trace_ray.models.nf4 import quantisation, whole_dtype
+
+    return {"dtype": whole_dtype(), "quantization_config": quantisation()}
 
 
 def _has_sdpa(model: PreTrainedModel) -> bool:
@@ -219,6 +245,11 @@ def _check_shape(adapter: Path, lora: LoraConfig, model_type: str) -> None:
 def is_sharded(model: PeftModel) -> bool:
     """Say whether each worker holds a share of the base's weights only."""
     return bool(model.get_base_model().is_distributed_loading_by_transformers)
+
+
+def is_quantised(model: PeftModel) -> bool:
+    """Say whether the base's linear layers are held in fewer bits than they compute with."""
+    return bool(getattr(model.get_base_model(), "is_quantized", False))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from trace_ray.models.attention import attention_blocks
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, StepCollator
 from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.fused_lora import fuse
-from trace_ray.models.policy_model import is_sharded, reference, save_adapter
+from trace_ray.models.policy_model import is_quantised, is_sharded, reference, save_adapter
 from trace_ray.models.reference_logps import ReferenceLogps
 from trace_ray.types import Category
 
@@ -104,6 +104,8 @@ class RealignTrainer(Trainer):
         self.reference_logps = ReferenceLogps()
         self.autocast = autocast_dtype(config)
         fuse(model, self.autocast)
+        if is_quantised(model):  # transformers would leave it where it is
+            model.to(args.device)
         place = {"rank": args.process_index, "workers": args.world_size}
         collator = StepCollator(HybridCollator(pack), config.max_tokens, **place)
         # transformers keeps no optimizer state of a sharded model. Of ours, what is trained is whole on

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.config import Resources
+from trace_ray.models.device import fast_bfloat16
 from trace_ray.models.families import read_config
 from trace_ray.rollout.grading import MEASURES as MEASURES_FILE
 from trace_ray.rollout.model_job import ADAPTERS, MEASURES, SCORES, ModelJob
@@ -29,6 +30,9 @@ activations 2, and 2 more for the reference (train) or the conflict's direction 
 forward passes. The factor 2 per pass is Kaplan et al. 2020, section 2.1."""
 GPU_FLOPS = 1e14
 """Assumed of a GPU, as nothing was measured there."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in 4 bits: its code, and its part of 8 bits per block of 64 and of 32 per 256 blocks (Dettmers
+et al. 2023, section 3)."""
 PROCESS_BYTES = int(1.0 * GIB)
 """A worker with its libraries before any weights."""
 
@@ -78,6 +82,8 @@ class Shape:
     vocabulary: int
     adapted: int
     """Parameters of a LoRA adapter of rank 1 on the config's target layers."""
+    linear: int = 0
+    """Parameters of all linear layers but the head, and but experts, which share one matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ def shape_of(folder: Path, targets: list[str] | str) -> Shape:
     """Return a base model's sizes without loading a weight."""
     config = read_config(folder)
     config = config.get("text_config", config)
-    parameters = adapted = 0
+    parameters = adapted = linear = 0
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -116,20 +122,23 @@ def shape_of(folder: Path, targets: list[str] | str) -> Shape:
             parameters += math.prod(size)
             layer = name.removesuffix(".weight").rpartition(".")[2]
             inside = ".layers." in name and len(size) == 2
+            if inside and ".experts." not in name:
+                linear += math.prod(size)
             if inside and (targets == "all-linear" or layer in targets):
                 adapted += sum(size)
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    return Shape(parameters, hidden, layers, int(config["vocab_size"]), adapted)
+    return Shape(parameters, hidden, layers, int(config["vocab_size"]), adapted, linear)
 
 
 def training_memory(job: ModelJob, shape: Shape, pair_tokens: float) -> Memory:
     """Estimate the peak of one training worker.
 
     Weights are held in ``base_dtype``, of a sharded base this worker's share, one whole layer and the
-    embeddings; the adapter with its gradient, Adam's two moments and the reference's copy. A layer keeps
-    about 17 values of the hidden size per token for its backward pass (34 bytes in half precision:
-    Korthikanti et al. 2022, equation 2, without the attention table, which is computed block by block),
-    one with ``gradient_checkpointing``; logits and their gradient are whole.
+    embeddings, of one in 4 bits one layer whole besides; the adapter with its gradient, Adam's two
+    moments and the reference's copy. A layer keeps about 17 values of the hidden size per token for its
+    backward pass (34 bytes in half precision: Korthikanti et al. 2022, equation 2, without the attention
+    table, which is computed block by block), one with ``gradient_checkpointing``; logits and their
+    gradient are whole.
     """
     training = job.model.training
     tokens = min(pair_tokens * training.batch_size, training.max_tokens or math.inf)
@@ -137,12 +146,23 @@ def training_memory(job: ModelJob, shape: Shape, pair_tokens: float) -> Memory:
     per_layer = 1 if training.gradient_checkpointing else 17
     kept = shape.hidden * (shape.layers * per_layer + 17) + 2 * shape.vocabulary
     adapter = shape.adapted * training.lora.r * 4 * (5 if job.deployed else 4)
+    return Memory(_weights(job, shape), adapter, int(tokens * kept * 4))
+
+
+def _weights(job: ModelJob, shape: Shape) -> int:
+    """Return the bytes of the base's weights in one training worker."""
+    training = job.model.training
     size = 4 if training.base_dtype == "float32" else 2
     parameters = shape.parameters
+    if training.base_dtype == "nf4":
+        size = 2 if job.model.resources.num_gpus or fast_bfloat16() else 4
+        # A pass makes weights anew, at most one layer's at a time.
+        whole = parameters - shape.linear + shape.linear // shape.layers
+        return int(NF4_BYTES * shape.linear) + size * whole
     if training.shard_base:
         gathered = shape.parameters // shape.layers + shape.vocabulary * shape.hidden
         parameters = shape.parameters // training.workers + gathered
-    return Memory(size * parameters, adapter, int(tokens * kept * 4))
+    return size * parameters
 
 
 def stage_costs(
