@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trace_ray.config import ImpactConfig, LoraConfig, TrainingConfig
+from trace_ray.core.fingerprint import not_in_effect
 from trace_ray.core.impact import GoldPair
 from trace_ray.errors import ModelError
 from trace_ray.models import nf4
 from trace_ray.models.collate import HybridCollator
 from trace_ray.models.families import load_tokenizer
+from trace_ray.models.fingerprint import take_fingerprint, take_whole_fingerprint
 from trace_ray.models.policy_model import (
     load_measured_model,
     load_policy_model,
@@ -199,6 +201,31 @@ def test_training_lowers_the_loss_and_its_adapter_fits_any_base(base, deployed, 
     measured = load_measured_model(base, str(deployed), str(out), "nf4")
     ((kl, _),) = token_kls(measured, [([1, 11, 12], [13, 14])])
     assert kl > 0
+
+
+def test_the_fingerprint_is_of_the_base_that_engines_serve(base, deployed, tmp_path):
+    trainer = make(base, deployed, tmp_path)
+    trainer.train()
+    tokenizer = load_tokenizer(base)
+    probes = take_whole_fingerprint(trainer.model, tokenizer, base, LORA)
+    save_adapter(trainer.model, tmp_path / "out")
+    served = load_policy_model(base, tmp_path / "out", LORA, seed=0)
+    assert not_in_effect(probes, *seen(served, probes)) is None
+    in_4_bits = take_fingerprint(trainer.model, tokenizer)
+    assert not_in_effect(in_4_bits, *seen(served, in_4_bits))
+
+
+@torch.no_grad()
+def seen(model, probes):
+    model.eval()
+
+    def logps(probe):
+        found = model(torch.tensor([probe.prompt_ids])).logits[0, -1].log_softmax(-1)
+        return found[list(probe.token_ids)].tolist()
+
+    with model.disable_adapter():
+        base = [logps(probe) for probe in probes]
+    return base, [logps(probe) for probe in probes]
 
 
 def test_interrupted_training_ends_as_undisturbed_training(base, deployed, tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trace_ray.config import LoraConfig
 from trace_ray.core.fingerprint import Probe
 from trace_ray.errors import ModelError
 from trace_ray.models.chat import encode_prompt
+from trace_ray.models.policy_model import load_policy_model, save_adapter
 from trace_ray.types import Message
 
 if TYPE_CHECKING:
@@ -59,6 +62,25 @@ def take_fingerprint(
             found.append(Probe(tuple(ids), tuple(tokens.tolist()), *values))
     model.train(training)
     return found
+
+
+def take_whole_fingerprint(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: str | Path, lora: LoraConfig
+) -> list[Probe]:
+    """Return the fingerprint of an adapter trained on a quantised base, taken on the base as it is served.
+
+    That is loaded in bfloat16 beside the quantised one, in memory of the CPU.
+
+    Args:
+        model: the quantised base and the trained adapter.
+        tokenizer: the base's.
+        base: directory of its weights.
+        lora: the adapter's shape.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder))
+        whole = load_policy_model(base, folder, lora, seed=0, dtype="bfloat16")
+    return take_fingerprint(whole, tokenizer)
 
 
 def write_fingerprint(folder: Path, probes: Sequence[Probe]) -> None:

@@ -18,7 +18,8 @@ from trace_ray.runtime.store import Store, stream_rows, write_json
 from trace_ray.types import Category, Message
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from trace_ray.models.collate import EncodedRow
     from trace_ray.models.fingerprint import Probe
@@ -173,7 +174,6 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from trace_ray.models.families import load_tokenizer
-    from trace_ray.models.fingerprint import take_fingerprint
     from trace_ray.models.packing import can_pack
     from trace_ray.models.policy_model import load_policy_model
     from trace_ray.models.trainer import (
@@ -216,7 +216,7 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     _train_to_the_end(trainer, work, reporter if is_first else None)
     # A sharded model answers on all workers together.
     answering = is_first or job.config.shard_base
-    probes = take_fingerprint(model, tokenizer, trainer.autocast) if answering else []
+    probes = _probes(job, trainer, model, tokenizer) if answering else []
     if is_first:
         _save_outcome(job, trainer, probes)
     if job.needs.store is not None:
@@ -249,6 +249,18 @@ def _train_to_the_end(trainer: RealignTrainer, work: Path, reporter: Reporter | 
     # Of the checkpoints there, the one of the highest step would count as the newest.
     shutil.rmtree(work, ignore_errors=True)
     trainer.train()
+
+
+def _probes(
+    job: TrainJob, trainer: RealignTrainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Probe]:
+    """Return the trained adapter's fingerprint, on the base that engines serve."""
+    from trace_ray.models.fingerprint import take_fingerprint, take_whole_fingerprint
+    from trace_ray.models.policy_model import is_quantised
+
+    if is_quantised(model):
+        return take_whole_fingerprint(model, tokenizer, job.base, job.config.lora)
+    return take_fingerprint(model, tokenizer, trainer.autocast)
 
 
 def _save_outcome(job: TrainJob, trainer: RealignTrainer, probes: list[Probe]) -> None:
