@@ -1,8 +1,10 @@
 """The engines of impact scores against each other: speed, cost in plain forward passes, error.
 
 Each scores the same conflicts along the same g_J, in turns: ``jvp``, ``ghost`` and ``fd`` in float32
-and ``ghost`` under bfloat16 autocast. A plain forward pass is the log-probabilities of the same
-responses in the same rows. Errors are those of the whole vector of raw scores against ``jvp``'s.
+and ``ghost`` under bfloat16 autocast; then ``ghost`` over a base whose weights are held in bfloat16 or in
+4 bits, along that base's own g_J, as a model that is deployed so would be scored. A plain forward pass is
+the log-probabilities of the same responses in the same rows. Errors are those of the whole vector of raw
+scores against ``jvp``'s.
 
 Rows are hh-rlhf pairs with fixed categories (the weights mean nothing here, the work is the same), or
 what ``--triaged`` names: a triage's folder in a storage. ``--adapter`` scores at a deployed adapter, of
@@ -34,10 +36,12 @@ from trace_ray.runtime.score_file import score_config
 from trace_ray.runtime.triaged import TriagedRows
 
 METHODS = {
-    "jvp": {"method": "jvp"},
-    "ghost": {"method": "ghost"},
-    "fd": {"method": "fd"},
-    "ghost-bf16": {"method": "ghost", "autocast": "bfloat16"},
+    "jvp": {"impact.method": "jvp"},
+    "ghost": {"impact.method": "ghost"},
+    "fd": {"impact.method": "fd"},
+    "ghost-bf16": {"impact.method": "ghost", "impact.autocast": "bfloat16"},
+    "base-bf16": {"impact.method": "ghost", "base_dtype": "bfloat16"},
+    "base-nf4": {"impact.method": "ghost", "base_dtype": "nf4"},
 }
 TURN = 16
 """Conflicts that one method scores before the next has its turn."""
@@ -87,12 +91,15 @@ def main(
     rows = conflicts_of(pairs)[:conflicts]
     scorers: dict[str, Scorer] = {}
     for name, settings in METHODS.items():
-        impact = {"gold_batch": gold, "batch_tokens": batch_tokens} | settings
-        options = {f"impact.{key}": value for key, value in impact.items()}
+        sizes = {"impact.gold_batch": gold, "impact.batch_tokens": batch_tokens}
         lora = {} if adapter else FRESH
-        config, _ = score_config(options | {"max_length": max_length}, lora, adapter)
+        config, _ = score_config(sizes | settings | {"max_length": max_length}, lora, adapter)
         scorers[name] = Scorer(folder, adapter, config)
-    direction = scorers["ghost"].direction(gold_of(pairs, scorers["ghost"].config))
+    of_base = {scorers[name].config.base_dtype: name for name in ("ghost", "base-bf16", "base-nf4")}
+    directions = {
+        dtype: scorers[name].direction(gold_of(pairs, scorers[name].config))
+        for dtype, name in of_base.items()
+    }
     raw: dict[str, list[float]] = {name: [] for name in METHODS}
     wall_s = dict.fromkeys([*METHODS, "forward"], 0.0)
     plain_forward(scorers["ghost"], rows[:1])  # warms up
@@ -100,7 +107,7 @@ def main(
     for start in range(0, len(rows), TURN):
         part = rows[start : start + TURN]
         for name, scorer in scorers.items():
-            values, took_s = timed(scorer, part, direction)
+            values, took_s = timed(scorer, part, directions[scorer.config.base_dtype])
             raw[name] += values
             wall_s[name] += took_s
         before = time.perf_counter()

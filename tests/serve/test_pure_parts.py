@@ -28,8 +28,14 @@ from trace_ray.serve.answers import (
     reply_text,
     retry_body,
 )
+from trace_ray.serve.app import build_app
 from trace_ray.serve.calls import timed
-from trace_ray.serve.config import ComplianceTable, compliance_table
+from trace_ray.serve.config import (
+    ComplianceTable,
+    ServeConfig,
+    ServedModel,
+    compliance_table,
+)
 from trace_ray.serve.harvest import harvest
 from trace_ray.serve.keys import Keys, Role, add_key, revoke_key
 from trace_ray.serve.limiter import Limiter
@@ -40,6 +46,7 @@ from trace_ray.serve.records import RecordWriter, Redactor, read_records
 from trace_ray.serve.requests import RequestError, limited, read_json
 from trace_ray.serve.turn import Turn
 from trace_ray.serve.windows import Window, beginning_policy
+from trace_ray.testing import tiny_model
 from trace_ray.types import Label, Message, Verdict
 
 MODE = st.sampled_from(MODES)
@@ -542,3 +549,18 @@ serve:
     fleet.write_text(text % "gone.yaml")
     with pytest.raises(ConfigError, match=r"serve\.shadow_policy: no such file"):
         load_config(fleet)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_engines_are_set_up_for_their_own_devices_not_for_the_deployers(
+    tmp_path, monkeypatch, num_gpus
+):
+    base = str(tiny_model(tmp_path))
+    # Of a cluster with a CPU head, or of CPU nodes that a machine with a GPU deploys to.
+    monkeypatch.setattr("trace_ray.models.engine.has_gpu", lambda: not num_gpus)
+    served = ServeConfig(models=[ServedModel(name="a", base=base)], num_gpus=num_gpus)
+    (engines,) = build_app(served)._bound_deployment.init_args
+    actor = engines[base]._bound_deployment.ray_actor_options
+    names = set(actor["runtime_env"]["env_vars"])
+    assert ("VLLM_CPU_KVCACHE_SPACE" in names) == (not num_gpus)
+    assert ("VLLM_WORKER_MULTIPROC_METHOD" in names) == bool(num_gpus)

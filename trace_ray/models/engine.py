@@ -55,7 +55,8 @@ def engine_env(
     env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
     if offline := os.environ.get("HF_HUB_OFFLINE"):
         env["HF_HUB_OFFLINE"] = offline
-    if has_gpu() if gpu is None else gpu:
+    on_gpu = has_gpu() if gpu is None else gpu
+    if on_gpu:
         # The engine's process: one forked from a process that has asked for a GPU can't use it.
         return env | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     return env | {
