@@ -28,6 +28,7 @@ with connected():
 def test_workers_get_what_a_submitted_job_s_own_runtime_env_sets(own):
     """As Ray's job manager starts a driver: its runtime env in the environment, and beside it."""
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    inherited["CUDA_VISIBLE_DEVICES"] = "0,1"
     job = {"runtime_env": {"env_vars": own}, "metadata": {}}
     inherited |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | own
     done = subprocess.run(
@@ -45,6 +46,8 @@ def test_workers_get_what_a_submitted_job_s_own_runtime_env_sets(own):
     folders = found["PYTHONPATH"].split(os.pathsep)
     assert str(ROOT) in folders
     assert own.get("PYTHONPATH", str(ROOT)) in folders
+    # It holds no GPU, so it sees none of those that its node has.
+    assert found["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_cluster_without_an_autoscaler_refuses_what_it_can_never_hold(cluster, capsys):

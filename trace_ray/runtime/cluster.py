@@ -23,6 +23,9 @@ _OURS = re.compile(r"^trace_ray\.errors\.(?P<kind>\w+): (?P<message>.*)$", re.MU
 WORKER_ENV = ("HF_HUB_OFFLINE", "TRACE_RAY_DATA", "MLFLOW_TRACKING_URI", "VLLM_LOGGING_LEVEL")
 """Settings of the driver's environment that workers of a joined cluster get too."""
 
+HIDES_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+"""Ray's setting, off unless it is set: a worker that holds no GPU sees none, and so runs on the CPU."""
+
 ENDS_WITHIN_S = 30
 """How long a pipeline's scheduling thread may take over its last step."""
 
@@ -49,6 +52,7 @@ def connected() -> Iterator[None]:
     env["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     # Several models share a machine's cores: threads that spin while they wait would starve the others.
     env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    env[HIDES_GPUS] = os.environ.get(HIDES_GPUS, "1")
     # Ray Train looks after its workers every 2 s: seconds lost with each start, report and end.
     env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = os.environ.get(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"

@@ -19,6 +19,7 @@ from ray import serve
 from trace_ray.config.serve import Replicas
 from trace_ray.errors import ServeError
 from trace_ray.models.engine import engine_env
+from trace_ray.runtime.cluster import HIDES_GPUS
 from trace_ray.serve.config import (
     ServeConfig,
     ServedModel,
@@ -56,7 +57,7 @@ def build_app(config: ServeConfig) -> serve.Application:
     actor = {
         "num_cpus": config.num_cpus,
         "num_gpus": config.num_gpus,
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": environment | {HIDES_GPUS: "1"}},
     }
     bucket = config.bucket and config.bucket.model_dump(mode="json")
     engines = {}
