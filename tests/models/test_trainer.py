@@ -186,8 +186,10 @@ def test_saving_memory_does_not_change_the_result(base, deployed, tmp_path, chan
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_interrupted_training_ends_as_undisturbed_training(base, deployed, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+def test_interrupted_training_ends_as_undisturbed_training(base, deployed, tmp_path, dtype):
     settings = {"batch_size": 2, "epochs": 4, "max_steps": None, "save_steps": 4}
+    settings |= {"base_dtype": dtype}
     whole = make(base, deployed, tmp_path / "whole", **settings)
     whole.train()
     broken = make(base, deployed, tmp_path / "broken", **settings)
