@@ -28,6 +28,10 @@ def folder(tmp_path_factory):
     at = tmp_path_factory.mktemp("fleet")
     make_fleet(at, ("one",))
     policy(at, "2", r"(?i)\b(it|to)\b")
+    # Of the last pair only what max_length cuts off differs.
+    pairs = (at / "pairs.jsonl").read_text().splitlines()
+    alike = {"prompt": "Hi", "chosen": "so " * 40 + "it", "rejected": "so " * 40 + "us"}
+    (at / "pairs.jsonl").write_text("\n".join([*pairs[:-1], json.dumps(alike)]))
     with connected():
         yield at
 
@@ -75,10 +79,9 @@ def test_an_objective_end_to_end(folder, objective):
     assert model["impact"] is None
     # Cut to 48 tokens: said in the table.
     assert model["truncated"] > 0
-    assert 0 < model["alike"] < model["truncated"]
-    assert f"{model['truncated']} of {model['rows']}, {model['alike']} with" in " ".join(
-        done.stdout.split()
-    )
+    assert model["alike"] == 1
+    said = f"{model['truncated']} of {model['rows']}, 1 with both sides alike"
+    assert said in " ".join(done.stdout.split())
 
 
 def test_triage_is_made_once_and_its_metrics_are_in_mlflow(folder):
