@@ -79,8 +79,9 @@ def test_an_objective_end_to_end(folder, objective):
     assert model["impact"] is None
     # Cut to 48 tokens: said in the table.
     assert model["truncated"] > 0
-    assert model["alike"] == 1
-    said = f"{model['truncated']} of {model['rows']}, 1 with both sides alike"
+    said = f"{model['truncated']} of {model['rows']}"
+    if objective == "dpo_gold":  # the other trains on one side of a pair
+        said += ", 1 with both sides alike"
     assert said in " ".join(done.stdout.split())
 
 
