@@ -61,7 +61,7 @@ def realign(job: ModelJob) -> dict[str, Any]:
         "parent_adapter": job.deployed.adapter_id if job.deployed else None,
         "rows": history["rows"],
         "truncated": history["truncated"],
-        "alike": history.get("alike", 0),
+        "alike": history.get("alike", 0),  # trainings of earlier versions did not count them
         "pairs_per_s": _pairs_per_s(history, job.model.training.batch_size),
         "wall_s": {
             "score": round(scores.wall_s, 1) if scores else None,
