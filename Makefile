@@ -34,6 +34,9 @@ quickstart-hh: setup
 	$(BIN)/python jobs/realign_fleet.py --config examples/hh-deployed.yaml
 	$(BIN)/python jobs/realign_fleet.py --config examples/hh-rlhf.yaml
 
+# Huge pages for what Python allocates: on a virtual machine its many processes start sooner.
+test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+test: export PYTHONMALLOC ?= malloc
 test: setup
 	$(BIN)/python -m pytest -n 2
 

@@ -7,7 +7,6 @@ RAY = (
     "runtime/",
     "serve/",
     "data/test_ingest.py",
-    "data/test_s3.py",
     "test_audit_export.py",
     "test_cli.py",
     "test_cli_judge.py",
@@ -18,6 +17,29 @@ RAY = (
 )
 """Tests that may start a cluster: one at a time on a machine."""
 
+WITHOUT_RAY = (
+    "runtime/test_attempts.py",
+    "runtime/test_audit_log.py",
+    "runtime/test_bucket.py",
+    "runtime/test_judges.py",
+    "runtime/test_measure.py",
+    "runtime/test_parts.py",
+    "runtime/test_registry.py",
+    "runtime/test_stale.py",
+    "runtime/test_triaged.py",
+    "runtime/test_webhook.py",
+    "serve/test_chain.py",
+    "serve/test_engines.py",
+    "serve/test_follow_parts.py",
+    "serve/test_pure_parts.py",
+    "serve/test_records.py",
+    "serve/test_requests.py",
+    "serve/test_turn.py",
+    "serve/test_usage.py",
+    "test_rollout_watch.py",
+)
+"""Files among those that start none."""
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
@@ -26,8 +48,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class RayBesideTheOthers(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            return "ray" if file.removeprefix("tests/").startswith(RAY) else file
+            file = nodeid.split("::")[0].removeprefix("tests/")
+            return "ray" if file.startswith(RAY) and file not in WITHOUT_RAY else file
 
     return RayBesideTheOthers(config, log)
 

@@ -177,5 +177,5 @@ def die_in_a_promotion(fleet):
         "Registry.move_alias = die\n"
         f"Rollouts({str(fleet / 'fleet.yaml')!r}).promote()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, timeout=360)
     assert done.returncode == -signal.SIGKILL

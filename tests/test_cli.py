@@ -171,7 +171,7 @@ def test_heldout_options_have_bounds(tmp_path, fleet, bound):
 
 def test_demo_data_is_written(tmp_path):
     command = [sys.executable, "-m", "trace_ray.cli", "demo-data", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=360)
     assert done.returncode == 0
     assert len((tmp_path / "demo" / "pairs.jsonl").read_text().splitlines()) >= 200
 

@@ -334,7 +334,7 @@ def test_two_steps_at_once_promote_once(waves):
     before = len(decisions(waves))
     words = [sys.executable, "-m", "trace_ray.cli", "rollout", "step", str(waves / "fleet.yaml")]
     steps = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [step.communicate(timeout=300)[0] for step in steps]
+    said = [step.communicate(timeout=900)[0] for step in steps]
     assert [step.returncode for step in steps] == [0, 0]
     assert sum("one: promote" in text for text in said) == 1
     assert len(decisions(waves)) == before + 1
@@ -352,7 +352,7 @@ def test_a_registry_that_is_away_does_not_end_the_watch_over_a_candidate(waves, 
         assert any("tried again in 0.3 s" in line for line in watch.stderr)
         database.rollback()
         live(waves, "one", lambda i: i % 2 > 0)
-        assert "one: withdraw: compliance is worse" in watch.communicate(timeout=300)[0]
+        assert "one: withdraw: compliance is worse" in watch.communicate(timeout=900)[0]
     assert watch.returncode == 1
     events = [body["event"] for body in told]
     assert events == ["rollout.waiting", "rollout.withdrawn", "rollout.stopped"]

@@ -271,7 +271,7 @@ def test_killed_midway_leaves_nothing_half_written(cluster, tmp_path):
     address = ray.get_runtime_context().gcs_address
     env = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=env)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while not list(tmp_path.glob(".pairs.parquet.*/parsed/.*.parquet*")):
         assert killed.poll() is None
         assert time.monotonic() < limit

@@ -58,7 +58,7 @@ def kill(started):
                 each.kill()
 
 
-def wait_until(ready, limit_s=60):
+def wait_until(ready, limit_s=180):
     limit = time.monotonic() + limit_s
     while not ready():
         assert time.monotonic() < limit

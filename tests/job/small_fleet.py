@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LORA = {"r": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
 
 
-def trace_ray(*words, timeout=300, **env):
+def trace_ray(*words, timeout=900, **env):
     """Run the command to its end."""
     return subprocess.run(
         command(*words),

@@ -51,7 +51,7 @@ def slow_apply(folder, *options):
 
 def wait_for_triage(folder, process):
     """Wait until the fleet is triaged by ``process``."""
-    state, limit = state_of(folder), time.monotonic() + 120
+    state, limit = state_of(folder), time.monotonic() + 360
     while True:
         holder, record = state.lock.holder(), state.read()
         held = holder is not None and holder.pid == process.pid
@@ -73,7 +73,7 @@ def test_a_running_apply_holds_the_fleet_till_it_is_taken_over_or_cancelled(fold
     assert "running" in shown.stdout
     assert f"process {first.pid}" in shown.stdout
     second = slow_apply(folder, "--force-unlock")
-    _, lost = first.communicate(timeout=120)
+    _, lost = first.communicate(timeout=360)
     assert first.returncode == 130, lost
     assert "stopped: the fleet was taken over by" in lost
     assert f"process {second.pid}" in lost

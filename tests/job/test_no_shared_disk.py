@@ -113,7 +113,7 @@ def nodes(s3, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def applied(fleet, nodes):
-    done = trace_ray("apply", fleet, timeout=400, **nodes.env)
+    done = trace_ray("apply", fleet, timeout=1200, **nodes.env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -187,10 +187,10 @@ def test_a_node_killed_at_any_moment_changes_nothing(applied, fleet, nodes, s3):
         time.sleep(moment)
         nodes.kill(which)
         nodes.add()
-        ended = run.wait(timeout=400)
+        ended = run.wait(timeout=1200)
         if ended != 0:
             done = trace_ray(
-                "apply", fleet, timeout=400, TRACE_RAY_STORAGE=f"{URL}/k{kill}", **nodes.env
+                "apply", fleet, timeout=1200, TRACE_RAY_STORAGE=f"{URL}/k{kill}", **nodes.env
             )
             assert done.returncode == 0, (moment, done.stderr)
         found = result_in(s3, f"k{kill}")

@@ -68,7 +68,7 @@ def test_a_cluster_with_an_autoscaler_only_warns(tmp_path):
                 env=os.environ | joined,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=360,
             )
             kill(head)
     finally:

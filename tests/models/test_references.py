@@ -115,7 +115,7 @@ except ModelError as error:
 def test_hugging_face_id_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = [sys.executable, "-c", HUB, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=360)
     assert done.stdout.startswith("acme/none@v1: no directory of that name, not in the local")
 
 

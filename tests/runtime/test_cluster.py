@@ -37,7 +37,7 @@ def test_workers_get_what_a_submitted_job_s_own_runtime_env_sets(own):
         env=inherited | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=360,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

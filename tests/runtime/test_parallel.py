@@ -25,7 +25,7 @@ def meeting(folder, n):
         name = f"{job.source.weight_bytes}"
         (folder / f"{name}.began").touch()
         running = len(list(folder.glob("*.began"))) - len(list(folder.glob("*.ended")))
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 360
         while len(list(folder.glob("*.began"))) < n:
             if time.monotonic() > limit:
                 raise TimeoutError(f"{name} waits for others")

@@ -185,7 +185,7 @@ def test_two_processes_register_at_once(tmp_path):
         subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for seed in range(2)
     ]
-    results = [racer.communicate(timeout=120) for racer in racers]
+    results = [racer.communicate(timeout=360) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], results
     assert sorted(out.strip() for out, _ in results) == [b"1", b"2"]
 

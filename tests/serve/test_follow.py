@@ -260,7 +260,7 @@ def test_a_rollout_under_load_promotes_the_good_and_withdraws_the_bad_and_no_req
     """Clients never pause while ``rollout step`` runs beside them: search first, then support."""
     fleet.registry.set_alias("trace-support", "challenger", 2)
     command = [sys.executable, "-m", "trace_ray.cli", "rollout"]
-    subprocess.run([*command, "start", fleet.path], check=True, timeout=300)
+    subprocess.run([*command, "start", fleet.path], check=True, timeout=900)
     numbers, done = itertools.count(), threading.Event()
     by_key, answers = dict[tuple[str, str], set[str]](), list[tuple[int, str, str]]()
 
@@ -283,7 +283,7 @@ def test_a_rollout_under_load_promotes_the_good_and_withdraws_the_bad_and_no_req
                 [*command, "step", fleet.path, "--every", "0.5"],
                 capture_output=True,
                 text=True,
-                timeout=400,
+                timeout=1200,
             )
         finally:
             done.set()
