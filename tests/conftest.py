@@ -1,5 +1,7 @@
 """How two processes share the tests (``-n 2``), and a local S3 server for all that need one."""
 
+import signal
+
 import pytest
 
 RAY = (
@@ -39,6 +41,11 @@ WITHOUT_RAY = (
     "test_rollout_watch.py",
 )
 """Files among those that start none."""
+
+
+def pytest_configure():
+    # A shell's background job ignores SIGINT, and so would each command that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
