@@ -50,6 +50,26 @@ def test_workers_get_what_a_submitted_job_s_own_runtime_env_sets(own):
     assert found["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_what_a_submitted_job_calls_in_its_workers_is_called(tmp_path):
+    (tmp_path / "their_hook.py").write_text(
+        "import os\nos.environ['STARTED_BY'] = 'theirs'\nstart = dict\n"
+    )
+    # Named in both of the ways that Ray knows.
+    env = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "their_hook.start"}
+    job = {"runtime_env": {"worker_process_setup_hook": "their_hook.start", "env_vars": env}}
+    env |= {"PYTHONPATH": f"{ROOT}:{tmp_path}", "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | env,
+        capture_output=True,
+        text=True,
+        timeout=360,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["STARTED_BY"] == "theirs"
+
+
 def test_a_cluster_without_an_autoscaler_refuses_what_it_can_never_hold(cluster, capsys):
     cpus = int(max(node_cpus()))
     assert no_room(Resources(num_cpus=cpus)) == ""

@@ -27,7 +27,7 @@ HIDES_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 """Ray's setting, off unless it is set: a worker that holds no GPU sees none, and so runs on the CPU."""
 
 LEAN_IMPORTS = "trace_ray.runtime.worker_start.lean_imports"
-"""What Ray calls first of all in each worker, which finds it by this name."""
+"""What Ray calls first in each worker, which finds it by this name."""
 
 ENDS_WITHIN_S = 30
 """How long a pipeline's scheduling thread may take over its last step."""
@@ -60,7 +60,11 @@ def connected() -> Iterator[None]:
     env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = os.environ.get(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
     )
-    workers = {"env_vars": env, "worker_process_setup_hook": LEAN_IMPORTS}
+    workers: dict[str, Any] = {"env_vars": env}
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    # A worker has room for one: a submitted job's own goes first.
+    if "worker_process_setup_hook" not in (submitted.get("runtime_env") or {}):
+        workers["worker_process_setup_hook"] = LEAN_IMPORTS
     settings = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": workers}
     if _joins():
         ray.init(**settings)
