@@ -98,6 +98,27 @@ def test_every_part_that_the_model_reads_is_judged(post: Post, folder: Path, par
     assert (status, answer["error"]["param"]) == (400, "messages")
 
 
+@pytest.mark.parametrize(
+    "more", [{"kv_transfer_params": {"prompt_token_ids": [5, 6]}}, {"truncate_prompt_tokens": 2}]
+)
+def test_a_prompt_that_the_judge_would_not_see_is_refused(post: Post, more: dict[str, Any]) -> None:
+    status, answer, _ = post("chat/completions", _body("guarded", "a trigger", **more))
+    assert (status, answer["error"]["param"]) == (400, next(iter(more)))
+    status, answer, _ = post("chat/completions", _body("support@base", "a trigger", **more))
+    assert (status, answer["usage"]["prompt_tokens"]) == (200, 2)
+
+
+def test_text_beside_the_messages_is_shown_to_the_judge(post: Post, folder: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look_up", "description": "me@x.org"}}
+    body = _body("noted", "hello", tools=[tool], tool_choice="none")
+    status, _, headers = post("chat/completions", body)
+    assert status == 200
+    first, asked = _records(folder, headers[REQUEST])[0]["prompt"]
+    assert asked == {"role": "user", "content": "hello"}
+    tool["function"]["description"] = "[email]"
+    assert first == {"role": "system", "content": json.dumps({"tools": [tool]})}
+
+
 def test_block_replaces_each_violating_choice(post: Post) -> None:
     body = _body("guarded", "a trigger", n=2, temperature=1, seed=1, logprobs=True)
     _, answer, headers = post("chat/completions", body)

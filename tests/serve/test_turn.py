@@ -118,19 +118,41 @@ def test_a_reply_that_begins_with_the_prompt_is_judged_whole(
     echo: bool | None, text: str, label: str
 ) -> None:
     choice = {"index": 0, "text": text, "finish_reason": "stop"}
+    assert labels("completion", {"echo": echo}, choice) == {label}
+
+
+@pytest.mark.parametrize(
+    ("more", "text", "label"),
+    [
+        ({"continue_final_message": True}, "ranteed", "violates"),
+        ({"continue_final_message": True}, " ranteed", "complies"),
+        ({"continue_final_message": True, "echo": True}, "It is guaranteed", "violates"),
+        ({"continue_final_message": True, "echo": True}, "ranteed", "complies"),
+        ({}, "ranteed", "complies"),
+    ],
+)
+def test_a_reply_is_judged_with_the_beginning_that_the_client_gave_it(
+    more: dict[str, Any], text: str, label: str
+) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is gua"}]
+    both = {"message": {"content": text}, "delta": {"content": text}}
+    choice = {"index": 0, "finish_reason": "stop"} | both
+    assert labels("chat", {"messages": said} | more, choice) == {label}
+
+
+def labels(kind: Kind, body: dict[str, Any], choice: dict[str, Any]) -> set[str]:
+    """Return what is said of a choice that comes whole, and of one that is streamed."""
 
     async def story() -> tuple[str, str]:
-        whole = await made("completion", {"echo": echo}).whole(
-            json.dumps({"choices": [choice]}), no_retry
-        )
-        streamed = made("completion", {"echo": echo}).streamed(
+        whole = await made(kind, body).whole(json.dumps({"choices": [choice]}), no_retry)
+        streamed = made(kind, body).streamed(
             Sent([event_text({"choices": [choice]}), DONE]).stream()
         )
         return whole, [each async for each in streamed][-2]
 
     whole, last = asyncio.run(story())
-    for row in (json.loads(whole), read_event(last) or {}):
-        assert row["compliance"]["verdicts"][0]["label"] == label
+    rows = (json.loads(whole), read_event(last) or {})
+    return {row["compliance"]["verdicts"][0]["label"] for row in rows}
 
 
 async def no_retry(body: object) -> tuple[int, str]:

@@ -27,7 +27,7 @@ async def check(
     body, model = call.body, call.route.model
     if police is None:
         raise RequestError(400, f"model {model} is served without a policy", "model")
-    prompts = [chat_prompt(body["messages"])] if "messages" in body else text_prompts(body)
+    prompts = [chat_prompt(body)] if "messages" in body else text_prompts(body)
     reply = body.get("response")
     if not isinstance(reply, str):
         raise RequestError(400, "'response' must be a text", "response")

@@ -44,12 +44,11 @@ from trace_ray.serve.requests import (
     MODE_HEADER,
     Kind,
     RequestError,
-    chat_prompt,
     error_row,
+    judged_prompts,
     limited,
     read_json,
     take_mode,
-    text_prompts,
     with_texts,
 )
 from trace_ray.serve.storage import RecordSender
@@ -373,7 +372,7 @@ class Ingress(DescribedRoute, DashboardRoutes):
             request_id=call.request_id,
             name=call.route.name,
             police=self._police[call.route.model],
-            prompts=[chat_prompt(body.get("messages"))] if kind == "chat" else text_prompts(body),
+            prompts=judged_prompts(kind, body),
             metrics=self._metrics,
             records=self._records,
         )

@@ -25,6 +25,18 @@ _TEXT_PARTS = {
     "thinking": "thinking",
 }
 """Type of a content part -> its key that vLLM reads as a text of the prompt."""
+_BESIDE = ("tools", "documents", "response_format", "chat_template_kwargs")
+"""Fields of a chat request that the model may be sent beside its messages."""
+_FORMATS = ({"type": "text"}, {"type": "json_object"})
+"""Values of ``response_format`` that say nothing."""
+_BESIDE_CONTENT = ("name", "reasoning", "reasoning_content", "tool_calls", "tool_call_id", "tools")
+_BESIDE_CONTENT += ("task",)
+"""Fields of a message that the model may be sent beside its content."""
+_PLAIN_ROLES = {*ROLES, "developer", "tool", "function"}
+"""Others are shown to the judge: many chat templates write a role as it is."""
+_UNSEEN = ("truncate_prompt_tokens", "kv_transfer_params", "prompt_embeds", "suffix")
+_UNSEEN += ("chat_template",)
+"""Fields by which the model is sent another prompt than the one that could be judged."""
 _COMPLETION_TOKENS = 16
 """OpenAI's and vLLM's default of a completion that names no number."""
 
@@ -161,13 +173,65 @@ def _at_most(body: Mapping[str, Any], name: str, most: int) -> None:
         raise RequestError(400, f"{name!r} must be a whole number from 1 to {most}", name)
 
 
-def chat_prompt(messages: Any) -> Prompt:
+def judged_prompts(kind: Kind, body: Mapping[str, Any]) -> list[Prompt]:
+    """Return what the replies to a request are judged as answers to.
+
+    Raises:
+        RequestError: 400: it can't be told what the model is sent, or not all of it is text.
+    """
+    for name in _UNSEEN:
+        if body.get(name) is not None:
+            raise RequestError(400, f"{name!r} hides from the judge what the model is sent", name)
+    if kind == "completion":
+        return text_prompts(body)
+    prompt = chat_prompt(body)
+    return [prompt[:-1] if continued(body) else prompt]
+
+
+def chat_prompt(body: Mapping[str, Any]) -> Prompt:
     """Return a request's messages as a conversation to judge.
+
+    What the model may be sent beside their contents (``tools``, the calls of them, names) stands
+    before them, as JSON.
 
     Raises:
         RequestError: 400: they are not messages, or not all of them is text.
     """
-    return tuple(_message(item) for item in _rows(messages))
+    rows = _rows(body.get("messages"))
+    said = tuple(_message(row) for row in rows)
+    beside = {name: body[name] for name in _BESIDE if _speaks(body.get(name))}
+    if of_messages := [shown for row in rows if (shown := _beside_content(row))]:
+        beside["messages"] = of_messages
+    if not beside:
+        return said
+    return (Message("system", json.dumps(beside, ensure_ascii=False)), *said)
+
+
+def _speaks(value: Any) -> bool:
+    """Return whether a field may bring a text of the client's into the prompt."""
+    if isinstance(value, dict) and value not in _FORMATS:
+        return any(isinstance(each, str | list | dict) for each in value.values())
+    return isinstance(value, str | list) and bool(value)
+
+
+def _beside_content(row: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {name: row[name] for name in _BESIDE_CONTENT if row.get(name)}
+    return shown if row["role"] in _PLAIN_ROLES else {"role": row["role"]} | shown
+
+
+def continued(body: Mapping[str, Any]) -> str:
+    """Return the text that the replies to a chat request go on with; empty where they begin anew.
+
+    Raises:
+        RequestError: 400: it isn't plain whether they do, or whether they repeat it (``echo``).
+    """
+    for name in ("continue_final_message", "echo"):
+        if not isinstance(body.get(name), bool | None):
+            raise RequestError(400, f"{name!r} must be true or false", name)
+    if not body.get("continue_final_message"):
+        return ""
+    last = _rows(body.get("messages"))[-1]
+    return content_text(last.get("content")) if last.get("role") == "assistant" else ""
 
 
 def with_texts(messages: Any) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import Act, act_on, sampled, withheld
 from trace_ray.serve.police import Judged, Police
 from trace_ray.serve.records import RecordWriter
-from trace_ray.serve.requests import Kind
+from trace_ray.serve.requests import Kind, continued
 from trace_ray.serve.windows import Window
 from trace_ray.types import Label, Prompt
 
@@ -57,6 +57,7 @@ class _Retried(NamedTuple):
     """A second answer, asked for under the stricter instruction."""
 
     choice: dict[str, Any]
+    reply: str
     judged: Judged
 
 
@@ -115,7 +116,7 @@ class Turn:
         self, choice: dict[str, Any], answer: dict[str, Any], complete: Complete
     ) -> dict[str, Any]:
         index = choice["index"]
-        reply = self._unechoed(index, reply_text(self.kind, choice))
+        reply = self._reply(index, reply_text(self.kind, choice))
         prompt, settings = self.prompt_of(index), self.police.settings
         judged = await self.police.judge(prompt, reply)
         act, retried = act_on(settings, self.mode, judged.verdict.label), None
@@ -139,9 +140,10 @@ class Turn:
         again = json.loads(text)
         add_usage(answer, again)
         second = again["choices"][0]
-        judged = await police.judge(self.prompts[0], reply_text("chat", second))
+        reply = self._reply(0, reply_text("chat", second))
+        judged = await police.judge(self.prompts[0], reply)
         self.metrics.judged(self.model, self.policy, judged, "retry")
-        return _Retried(second, judged)
+        return _Retried(second, reply, judged)
 
     async def streamed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """Yield what goes out of a stream of events."""
@@ -179,7 +181,7 @@ class Turn:
 
     async def _note(self, index: int) -> None:
         """Judge what went out of a choice."""
-        prompt, reply = self.prompt_of(index), self._unechoed(index, self._out[index])
+        prompt, reply = self.prompt_of(index), self._reply(index, self._out[index])
         if index in self._finished:
             judged = await self.police.judge(prompt, reply)
             self._decided(index, reply, judged, Act.PASSED)
@@ -187,9 +189,16 @@ class Turn:
             judged = await self.police.judge_beginning(prompt, reply)
             self._decided(index, reply, judged, Act.BROKEN_OFF)
 
-    def _unechoed(self, index: int, text: str) -> str:
-        """Return a choice's text without the prompt that ``echo`` repeats before it."""
-        if self.kind == "completion" and self.body.get("echo"):
+    def _reply(self, index: int, text: str) -> str:
+        """Return the reply that a choice's text makes.
+
+        It is without the prompt that ``echo`` repeats before a completion, and begins with the
+        message that a chat's goes on with.
+        """
+        body = self.body
+        if self.kind == "chat":
+            return text if body.get("echo") else continued(body) + text
+        if body.get("echo"):
             return text.removeprefix(self.prompt_of(index)[-1].content)
         return text
 
@@ -247,7 +256,7 @@ class Turn:
         """Check a window where it is due or the reply's end has come; return what may go out."""
         if not (ends or window.due):
             return []
-        prompt, reply = self.prompt_of(index), self._unechoed(index, window.text)
+        prompt, reply = self.prompt_of(index), self._reply(index, window.text)
         if ends:
             judged = await self.police.judge(prompt, reply)
         else:
@@ -334,7 +343,7 @@ class Turn:
         texts = {
             "prompt": [turn.to_row() for turn in self.prompt_of(index)],
             "response": reply,
-            "retried": reply_text("chat", retried.choice) if retried and act is Act.RETRIED else "",
+            "retried": retried.reply if retried and act is Act.RETRIED else "",
             "reason": judged.verdict.reason,
         }
         self.records.keep(row, texts)
