@@ -121,6 +121,11 @@ def test_a_reply_that_begins_with_the_prompt_is_judged_whole(
     assert labels("completion", {"echo": echo}, choice) == {label}
 
 
+def test_a_prompt_that_is_repeated_as_token_ids_is_no_part_of_the_text() -> None:
+    choice = {"index": 0, "text": "guaranteed refund", "finish_reason": "stop"}
+    assert labels("completion", {"echo": True, "return_token_ids": True}, choice) == {"violates"}
+
+
 @pytest.mark.parametrize(
     ("more", "text", "label"),
     [

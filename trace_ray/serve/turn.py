@@ -198,7 +198,8 @@ class Turn:
         body = self.body
         if self.kind == "chat":
             return text if body.get("echo") else continued(body) + text
-        if body.get("echo"):
+        # Where token ids are asked for, too, vLLM repeats the prompt's alone.
+        if body.get("echo") and not body.get("return_token_ids"):
             return text.removeprefix(self.prompt_of(index)[-1].content)
         return text
 
