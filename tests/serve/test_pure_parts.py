@@ -333,7 +333,7 @@ def test_a_pattern_that_matches_nothing_at_all_is_refused():
 def test_answers_of_all_forms():
     call = {"function": {"name": "f", "arguments": "{}"}}
     message = {"content": "b", "reasoning_content": "a", "tool_calls": [call]}
-    assert reply_text("chat", {"message": message}) == "abf{}"
+    assert reply_text("chat", {"message": message}) == "a\nb\nf{}"
     assert reply_text("chat", {"delta": {"content": None}}) == ""
     assert reply_text("completion", {"text": "ab"}) == "ab"
     event = read_event(replaced_event("chat", 1, "no", {"id": "x"}, first=True))

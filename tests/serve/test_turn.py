@@ -28,10 +28,15 @@ async def no_judge(judge: object, questions: object) -> list[float | str]:
     raise AssertionError
 
 
-def made(kind: Kind = "chat", body: dict[str, Any] | None = None, **settings: Any) -> Turn:
+def made(
+    kind: Kind = "chat",
+    body: dict[str, Any] | None = None,
+    policy: dict[str, Any] = POLICY,
+    **settings: Any,
+) -> Turn:
     table = ComplianceTable(
         settings=ComplianceSettings.model_validate({"mode": "block"} | settings),
-        policy=POLICY,
+        policy=policy,
         shadow_policy=POLICY | {"version": "2"},
     )
     return Turn(
@@ -143,6 +148,23 @@ def test_a_reply_is_judged_with_the_beginning_that_the_client_gave_it(
     both = {"message": {"content": text}, "delta": {"content": text}}
     choice = {"index": 0, "finish_reason": "stop"} | both
     assert labels("chat", {"messages": said} | more, choice) == {label}
+
+
+def test_no_word_is_hidden_where_one_field_ends_and_the_next_begins() -> None:
+    calls = [{"index": 0, "function": {"name": "f", "arguments": "It"}}]
+    calls.append({"index": 1, "function": {"name": "guaranteed", "arguments": " refund"}})
+    whole = {"reasoning": "It", "content": "is", "tool_calls": calls}
+    policy = {**POLICY, "clauses": [CLAUSE | {"checks": {"must_not_match": r"\bguaranteed\b"}}]}
+    hidden = [{"reasoning": "It is"}, {"content": "guaran"}, {"content": "teed"}]
+    for deltas in (hidden, [{"content": "is"}, {"tool_calls": calls}]):
+        rows = [{"index": 0, "delta": each, "finish_reason": None} for each in deltas]
+        rows[-1]["finish_reason"] = "stop"
+        sent = Sent([*(event_text({"choices": [row]}) for row in rows), DONE])
+        turn = made(policy=policy)
+        assert out_of(turn, sent)[-1]["compliance"]["verdicts"][0]["label"] == "violates"
+    answer = json.dumps({"choices": [{"index": 0, "message": whole}]})
+    kept = json.loads(asyncio.run(made(policy=policy).whole(answer, no_retry)))
+    assert kept["compliance"]["verdicts"][0]["label"] == "violates"
 
 
 def labels(kind: Kind, body: dict[str, Any], choice: dict[str, Any]) -> set[str]:

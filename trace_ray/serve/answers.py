@@ -15,14 +15,21 @@ DONE = "data: [DONE]\n\n"
 
 def reply_text(kind: Kind, choice: Mapping[str, Any]) -> str:
     """Return all text of a choice, or of a stream's delta, that a user gets to see."""
+    return "\n".join(text for _, text in reply_parts(kind, choice))
+
+
+def reply_parts(kind: Kind, choice: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the fields of a choice, or of a stream's delta, that hold text, each with its text."""
     if kind == "completion":
-        return choice.get("text") or ""
+        return [("text", text)] if (text := choice.get("text")) else []
     message = choice.get("message") or choice.get("delta") or {}
-    parts = [message.get("reasoning"), message.get("reasoning_content"), message.get("content")]
-    for call in message.get("tool_calls") or []:
+    parts = [(name, message.get(name)) for name in ("reasoning", "reasoning_content", "content")]
+    for place, call in enumerate(message.get("tool_calls") or []):
         function = call.get("function") or {}
-        parts += [function.get("name"), function.get("arguments")]
-    return "".join(part for part in parts if isinstance(part, str))
+        texts = [function.get(name) for name in ("name", "arguments")]
+        said = "".join(text for text in texts if isinstance(text, str))
+        parts.append((f"tool_calls.{call.get('index', place)}", said))
+    return [(name, text) for name, text in parts if isinstance(text, str) and text]
 
 
 def replaced_choice(kind: Kind, index: int, message: str) -> dict[str, Any]:

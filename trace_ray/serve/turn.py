@@ -19,6 +19,7 @@ from trace_ray.serve.answers import (
     read_event,
     replaced_choice,
     replaced_event,
+    reply_parts,
     reply_text,
     retry_body,
 )
@@ -80,6 +81,8 @@ class Turn:
     _judged: list[dict[str, Any]] = field(default_factory=list)
     _out: dict[int, str] = field(default_factory=dict)
     """Text of each choice, as far as it went out before it was decided on."""
+    _field: dict[int, str] = field(default_factory=dict)
+    """Field of the answer that the text of each choice came in last."""
     _finished: set[int] = field(default_factory=set)
     """Choices of which all text went out."""
 
@@ -164,9 +167,17 @@ class Turn:
 
     def _goes_out(self, choice: dict[str, Any]) -> None:
         index = choice["index"]
-        self._out[index] = self._out.get(index, "") + reply_text(self.kind, choice)
+        self._out[index] = self._out.get(index, "") + self._more(choice)
         if choice.get("finish_reason") is not None:
             self._finished.add(index)
+
+    def _more(self, choice: dict[str, Any]) -> str:
+        """Return the text that comes with a choice: that of another field begins a new line."""
+        index, text = choice["index"], ""
+        for name, part in reply_parts(self.kind, choice):
+            text += part if self._field.get(index, name) == name else f"\n{part}"
+            self._field[index] = name
+        return text
 
     def ended(self) -> None:
         """Judge from now on what went out undecided; for a stream, called once however it ended.
@@ -235,7 +246,7 @@ class Turn:
                 window = windows.setdefault(
                     index, Window(settings.window_chars, settings.hold_back_chars, lag)
                 )
-                window.add(reply_text(self.kind, choice), event_text(row | {"choices": [choice]}))
+                window.add(self._more(choice), event_text(row | {"choices": [choice]}))
                 fit = await self._advance(index, window, row, ends=ends)
                 if window.sent:
                     self._out[index] = window.text[: window.sent]
