@@ -167,6 +167,20 @@ def test_no_word_is_hidden_where_one_field_ends_and_the_next_begins() -> None:
     assert kept["compliance"]["verdicts"][0]["label"] == "violates"
 
 
+@pytest.mark.parametrize(
+    "text", ["gua\u200branteed", "gua\u00adran\x07teed", "gua\U000e0061ranteed"]
+)
+def test_no_word_is_hidden_by_characters_that_draw_nothing(text: str) -> None:
+    both = {"message": {"content": text}, "delta": {"content": text}}
+    assert labels("chat", {}, {"index": 0, "finish_reason": "stop"} | both) == {"violates"}
+    hidden = {**CLAUSE, "checks": {"must_not_match": r"[\u00ad\u200b\U000e0061]"}}
+    kept = made(policy={**POLICY, "clauses": [hidden]}).police
+    assert asyncio.run(kept.judge((), text)).verdict.label == "violates"
+    when = {"when": {"prompt_regex": "guaranteed"}, "must_not_match": "ok"}
+    asked = made(policy={**POLICY, "clauses": [CLAUSE | {"checks": when}]}).police
+    assert asyncio.run(asked.judge((Message("user", text),), "ok")).verdict.label == "violates"
+
+
 def labels(kind: Kind, body: dict[str, Any], choice: dict[str, Any]) -> set[str]:
     """Return what is said of a choice that comes whole, and of one that is streamed."""
 

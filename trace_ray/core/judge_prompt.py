@@ -36,13 +36,16 @@ def clause_list(policy: Policy) -> str:
     return "\n".join(f"- {clause.id}: {' '.join(clause.text.split())}" for clause in policy.clauses)
 
 
+_PLAIN_SPACE = str.maketrans("\n\r\t", "   ")
+
+
 def visible(text: str) -> str:
     """Return the text as a reader sees it, so that nothing speaks to the judge alone.
 
     Characters that draw nothing (Unicode Cf and Cc: zero width, direction marks, tags, control
     characters) are left out, separators that aren't a plain line break or tab become spaces.
     """
-    if text.isprintable():
+    if text.translate(_PLAIN_SPACE).isprintable():
         return text
     return "".join(map(_visible, text))
 
