@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ from trace_ray.serve.config import (
     compliance_table,
 )
 from trace_ray.serve.harvest import harvest
-from trace_ray.serve.keys import Keys, Role, add_key, revoke_key
+from trace_ray.serve.keys import Keys, Role, add_key, read_keys, revoke_key
 from trace_ray.serve.limiter import Limiter
 from trace_ray.serve.metrics import Metrics
 from trace_ray.serve.modes import MODES, Act, act_on, effective_mode, sampled, withheld
@@ -236,6 +237,24 @@ def test_keys_are_kept_as_digests_and_revoked_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"keys\.jsonl:1"):
         Keys(str(file))
     assert not Keys(None).required
+
+
+def test_keys_made_at_once_are_all_kept(tmp_path):
+    file = tmp_path / "keys.jsonl"
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda name: add_key(file, str(name), Role.USE)[1], range(40)))
+    assert read_keys(file) == {record.id: record for record in made}
+
+
+@pytest.mark.parametrize("command", [["list"], ["create", "--name", "a"], ["revoke", "a"]])
+def test_a_damaged_file_of_keys_is_named_in_a_line(tmp_path, command):
+    file = tmp_path / "keys.jsonl"
+    row = {"id": ["a"], "name": "n", "role": "use", "sha256": "0" * 64, "created": "now"}
+    for damage in (b"\xff\n", json.dumps(row).encode()):
+        file.write_bytes(damage)
+        found = CliRunner().invoke(app, ["keys", command[0], str(file), *command[1:]])
+        assert (found.exit_code, found.output.count("\n")) == (2, 1)
+        assert file.read_bytes() == damage
 
 
 def test_keys_whose_file_is_lost_stay_as_last_read(tmp_path):

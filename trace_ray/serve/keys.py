@@ -6,7 +6,9 @@ that a slow hash would protect nothing more.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import hmac
 import json
@@ -14,6 +16,7 @@ import logging
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -80,6 +83,8 @@ def parse_keys(text: str, source: str) -> dict[str, KeyRecord]:
             record = KeyRecord(**row | {"role": Role(row["role"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{source}:{number}: is not a key's record: {error}") from None
+        if not isinstance(record.id, str):
+            raise ConfigError(f"{source}:{number}: id must be a text")
         if not re.fullmatch(r"[0-9a-f]{64}", str(record.sha256)):
             raise ConfigError(f"{source}:{number}: sha256 must have 64 hex digits")
         records[record.id] = record
@@ -134,25 +139,34 @@ class Keys:
             found = self._path.stat()
             state = (found.st_mtime_ns, found.st_size)
             if state != self._seen:
-                self._records = parse_keys(self._path.read_text(encoding="utf-8"), str(self._path))
+                self._records = _parse_file(self._path)
                 self._seen = state
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{self._path}: is not UTF-8 text") from None
 
 
 def read_keys(path: Path) -> dict[str, KeyRecord]:
-    """Return the records of a file by id; none where it doesn't exist."""
-    if not path.exists():
-        return {}
-    return parse_keys(path.read_text(encoding="utf-8"), str(path))
+    """Return the records of a file by id; none where it doesn't exist.
+
+    Raises:
+        ConfigError: it holds what is no key's record.
+    """
+    return _parse_file(path) if path.exists() else {}
+
+
+def _parse_file(path: Path) -> dict[str, KeyRecord]:
+    try:
+        return parse_keys(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
 def add_key(path: Path, name: str, role: Role) -> tuple[str, KeyRecord]:
     """Add a new key to a file and return it with its record."""
     key, record = new_key(name, role)
-    _write(path, {**read_keys(path), record.id: record})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        _write(path, {**read_keys(path), record.id: record})
     return key, record
 
 
@@ -162,17 +176,29 @@ def revoke_key(path: Path, key_id: str) -> KeyRecord:
     Raises:
         ConfigError: the file has no such key.
     """
-    records = read_keys(path)
-    if key_id not in records:
-        raise ConfigError(f"{path}: has no key {key_id!r}")
-    records[key_id] = replace(records[key_id], revoked=records[key_id].revoked or _now())
-    _write(path, records)
+    with _alone(path):
+        records = read_keys(path)
+        if key_id not in records:
+            raise ConfigError(f"{path}: has no key {key_id!r}")
+        records[key_id] = replace(records[key_id], revoked=records[key_id].revoked or _now())
+        _write(path, records)
     return records[key_id]
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other commands from the file: one that had read it before would undo what this one does."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _write(path: Path, records: dict[str, KeyRecord]) -> None:
     rows: list[dict[str, Any]] = [asdict(record) for record in records.values()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.touch(mode=0o600)
     draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
