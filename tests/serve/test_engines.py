@@ -16,9 +16,10 @@ from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from trace_ray.serve.calls import FailsInForm
-from trace_ray.serve.config import Route
-from trace_ray.serve.engines import Engines, events
+from trace_ray.serve.config import Route, ServedJudge
+from trace_ray.serve.engines import EngineFailed, EngineLost, Engines, events
 from trace_ray.serve.requests import RequestError
+from trace_ray.types import Message
 
 ROUTE = Route(name="m", base="/base")
 DELTA = "data: {}\n\n"
@@ -88,6 +89,32 @@ def test_what_is_lost_before_anything_went_out_is_sent_again(
     with pytest.raises(RequestError) as refused:
         asyncio.run(Base(lost, lost, lost).engines().begin("chat", {}, ROUTE))
     assert (refused.value.status, refused.value.headers) == (503, {"retry-after": "5"})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_a_verdict_that_is_lost_with_its_replica_is_asked_for_again(loss: BaseException) -> None:
+    answers: list[Any] = []
+
+    class Handle:
+        @property
+        def judge(self) -> Handle:
+            return self
+
+        async def remote(self, *_: object) -> list[float]:
+            answer = answers.pop(0)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+    engines = Engines({"/base": Handle()})  # type: ignore[dict-item]
+    judge = ServedJudge(id="j", base="/base")
+    answers += [loss, [0.5]]
+    assert asyncio.run(engines.judge(judge, [(Message("user", "a"),)])) == [0.5]
+    for raised, kind in (([loss] * 3, EngineLost), ([FAILURES[0], [0.5]], EngineFailed)):
+        answers[:] = raised
+        with pytest.raises(kind):
+            asyncio.run(engines.judge(judge, []))
+        assert len(answers) == (kind is EngineFailed)
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)

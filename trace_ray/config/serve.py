@@ -34,7 +34,8 @@ class ComplianceSettings(Section):
     """Added to the request of a retry, followed by the text of the violated clause."""
     fail: Literal["open", "closed"] = "open"
     """Where no verdict was had (the judge is late or down, the text too long) in mode block: ``open``
-    lets the reply out, ``closed`` replaces it. Counted either way."""
+    lets the reply out, ``closed`` replaces it. Counted either way. A client can bring it about, with a
+    long text or many requests: where it must not, ``closed``."""
     timeout_s: float = Field(default=10, gt=0)
     """A verdict that takes longer is late."""
     sample: float = Field(default=1, ge=0, le=1)

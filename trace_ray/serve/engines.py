@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple
 
 from grpc import RpcError
@@ -144,13 +144,18 @@ class Engines:
         """Put questions to a judge: p_violate of each, or why there is none.
 
         Raises:
-            EngineLost: the replica died or was stopped.
+            EngineLost: each replica that was asked died or was stopped.
             EngineFailed: the replica raised.
         """
         rows = [[message.to_row() for message in question] for question in questions]
         adapter = None if judge.path is None else judge.id
+        engine = self._handles[judge.base]
+        for attempt in range(1, ATTEMPTS):
+            with suppress(EngineLost), _told_apart():
+                return await engine.judge.remote(adapter, rows)
+            await asyncio.sleep(0.2 * attempt)
         with _told_apart():
-            return await self._handles[judge.base].judge.remote(adapter, rows)
+            return await engine.judge.remote(adapter, rows)
 
     async def load(self, base: str, adapter: dict[str, str]) -> None:
         """Load an adapter into every engine of a base.
