@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from trace_ray.config.serve import Limits
 from trace_ray.serve.answers import DONE, event_text, read_event
+from trace_ray.serve.requests import RequestError, limited
 from trace_ray.serve.usage import StreamUsage
 
 ALL = {"include_usage": True, "continuous_usage_stats": True}
@@ -66,3 +68,12 @@ def test_a_stream_that_breaks_off_has_the_tokens_up_to_there() -> None:
     for index, prompt, reply in ((0, 3, 1), (1, 3, 1), (0, 3, 2), (2, 5, 4)):
         usage.shown(event(index, prompt, reply))  # 2 is the second prompt's first
     assert usage.tokens == {"prompt_tokens": 8, "completion_tokens": 7}
+
+
+@pytest.mark.parametrize("stream", [1, "true", "false", 0, []])
+def test_no_stream_goes_uncounted_because_it_is_asked_for_in_another_way(stream: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        limited("chat", {"stream": stream}, Limits(), 100)
+    assert (refused.value.status, refused.value.param) == (400, "stream")
+    for plain in (True, False, None):
+        assert limited("chat", {"stream": plain}, Limits(), 100) == {"stream": plain}

@@ -154,6 +154,8 @@ def limited(kind: Kind, body: dict[str, Any], limits: Limits, max_model_len: int
     for name in ("n", "best_of"):
         _at_most(body, name, limits.max_n)
     prompts = body.get("prompt")
+    if not isinstance(body.get("stream"), bool | None):  # vLLM takes 1 and "true" for true
+        raise RequestError(400, "'stream' must be true or false", "stream")
     texts = [] if not isinstance(prompts, list) else [p for p in prompts if not isinstance(p, int)]
     if len(texts) > limits.max_n:
         raise RequestError(400, f"'prompt': at most {limits.max_n} prompts", "prompt")
