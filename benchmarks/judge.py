@@ -80,7 +80,7 @@ def raw(spec: JudgeSpec, pairs: list[PreferencePair], warm: int, one_by_one: boo
     from trace_ray.models.engine import engine_env, engine_kwargs
 
     threads = spec.config.resources.n_threads
-    os.environ.update(engine_env(threads, spec.config.engine.kv_cache_gb))
+    os.environ.update(engine_env(spec.config.engine, threads))
     import torch
     import vllm
 

@@ -151,7 +151,7 @@ def plain_vllm(model: str, engine: EngineConfig, threads: int) -> Iterator[str]:
         elif value is not None:
             words += [f"--{name}", str(value)]
     words += ["--uvicorn-log-level", "error"]
-    environment = os.environ | engine_env(threads, engine.kv_cache_gb)
+    environment = os.environ | engine_env(engine, threads)
     process = subprocess.Popen(words, env=environment, stdout=sys.stderr)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600

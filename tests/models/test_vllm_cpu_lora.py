@@ -94,12 +94,15 @@ def test_engine_kwargs_have_the_same_keys_everywhere(monkeypatch: pytest.MonkeyP
     )
     assert "enable_lora" not in engine_kwargs(CONFIG, "m", lora=False)
     monkeypatch.setattr("trace_ray.models.engine.has_gpu", lambda: False)
-    cpu_env = engine_env()
-    assert engine_env(2.5, 0.5)["OMP_NUM_THREADS"] == "2"
-    assert engine_env(2.5, 0.5)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    cpu_env = engine_env(CONFIG)
+    small = CONFIG.model_copy(update={"kv_cache_gb": 0.5, "enforce_eager": False})
+    assert engine_env(small, 2.5)["OMP_NUM_THREADS"] == "2"
+    assert engine_env(small, 2.5)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    # Nothing is compiled on the CPU but what was asked for.
+    assert [env.get("TORCHDYNAMO_DISABLE") for env in (cpu_env, engine_env(small))] == ["1", None]
     monkeypatch.setattr("trace_ray.models.engine.has_gpu", lambda: True)
-    assert not [name for name in engine_env() if "CPU" in name]
-    assert engine_env(gpu=False) == cpu_env
+    assert not [name for name in engine_env(CONFIG) if "CPU" in name or "DYNAMO" in name]
+    assert engine_env(CONFIG, gpu=False) == cpu_env
     assert engine_kwargs(CONFIG, "m", lora=True) == cpu
 
 

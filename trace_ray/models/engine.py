@@ -41,15 +41,15 @@ class AdapterPath:
 
 
 def engine_env(
-    num_cpus: float = 1, kv_cache_gb: float = 1, gpu: bool | None = None
+    config: EngineConfig, num_cpus: float = 1, gpu: bool | None = None
 ) -> dict[str, str]:
     """Return the environment of a process that holds an engine.
 
     Set it before vLLM is imported (Ray: ``runtime_env={"env_vars": ...}``).
 
     Args:
+        config: Engine settings.
         num_cpus: Cores of the engine; becomes its number of threads, at least 1.
-        kv_cache_gb: CPU only: size of the key-value cache, GiB, rounded up to a whole number.
         gpu: whether the engine has a GPU; None = where this process sees one.
     """
     env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
@@ -59,10 +59,13 @@ def engine_env(
     if on_gpu:
         # The engine's process: one forked from a process that has asked for a GPU can't use it.
         return env | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if config.enforce_eager:
+        # vLLM would still compile what counts a token's rank: seconds, and a C++ compiler, for one sum.
+        env["TORCHDYNAMO_DISABLE"] = "1"
     return env | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(kv_cache_gb)),
+        "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(config.kv_cache_gb)),
         "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
         # Threads that spin at barriers slow each other down many times over on a shared machine.
         "OMP_WAIT_POLICY": "passive",
@@ -150,7 +153,7 @@ class Engine:
         Raises:
             ModelError: vLLM can't load the model.
         """
-        os.environ.update(engine_env(num_cpus, config.kv_cache_gb))
+        os.environ.update(engine_env(config, num_cpus))
         import torch
 
         if has_gpu():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.config import LoraConfig
 from trace_ray.errors import ModelError
+from trace_ray.models.device import bound_kernel_cache
 from trace_ray.models.families import family_of
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def _load_base(base: str | Path, attention: str, dtype: str, shards: int = 1) ->
 
     from trace_ray.models.attention import BLOCKWISE
 
+    bound_kernel_cache()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype, None)}
     if dtype == NF4:
         options = _quantising()

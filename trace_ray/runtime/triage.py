@@ -188,6 +188,8 @@ def triage_pairs(
 
     rows = ray.data.read_parquet(place(pairs), override_num_blocks=n_blocks, **there)
     if spec.kind != "rules":
+        # Left to itself Ray Data sorts into 200 blocks, of however few rows.
+        rows.context.default_hash_shuffle_parallelism = n_blocks
         rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
     triaged = rows.map_batches(
         TriageBatch,

@@ -2,7 +2,7 @@
 
 A worker is a new process, so what its libraries import is what it waits for. transformers imports
 scikit-learn, and with it SciPy, for one curve of its assisted generation; and Python looks for garbage
-again and again in a heap that only grows.
+again and again in a heap that only grows, as vLLM does while it starts and accelerate between models.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SLOW = {
     "transformers.generation.candidate_generator": "sklearn",
     "peft": None,
     "vllm.entrypoints.llm": None,
+    "vllm.engine.arg_utils": None,
+    "vllm.v1.engine.async_llm": None,
 }
 """Modules that take seconds to import, each with the package, if any, that it is to take for absent."""
 
@@ -53,6 +55,8 @@ def _run(execute: Callable[[ModuleType], None], absent: str | None, module: Modu
         with _hidden(absent) if absent else nullcontext():
             execute(module)
     finally:
+        # What was imported stays: nobody need look for garbage in it. No model is loaded so early.
+        gc.freeze()
         if collects:
             gc.enable()
 

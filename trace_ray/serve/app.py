@@ -53,7 +53,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         ServeError: an adapter on this machine is not the one its digest names.
     """
     adapters, templates = _adapters(config)
-    environment = engine_env(config.num_cpus, config.engine.kv_cache_gb, config.num_gpus > 0)
+    environment = engine_env(config.engine, config.num_cpus, config.num_gpus > 0)
     actor = {
         "num_cpus": config.num_cpus,
         "num_gpus": config.num_gpus,

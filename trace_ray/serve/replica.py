@@ -24,6 +24,7 @@ from trace_ray.models.adapters import adapter_sha256
 from trace_ray.models.device import has_gpu
 from trace_ray.models.engine import engine_kwargs
 from trace_ray.models.fingerprint import read_fingerprint
+from trace_ray.runtime.worker_start import lean_imports
 from trace_ray.serve import protocol
 from trace_ray.serve.storage import ServedBucket
 from trace_ray.types import Prompt, prompt_from_rows
@@ -155,6 +156,7 @@ class EngineReplica:
         _allow_plugin()
         if self._bucket is not None:
             await asyncio.to_thread(self._bucket.fetch_base, self._base)
+        lean_imports()
         from starlette.datastructures import State
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
