@@ -206,6 +206,10 @@ def test_check_adapter_names_every_problem(tmp_path):
         check_adapter(adapter, "bbbbbbbbbb")
     for text in ("DoRA", "modules_to_save", "another base model"):
         assert text in str(caught.value)
+    # Loaded as the trained adapter and as the reference, it would change the base's weights twice.
+    with pytest.raises(ModelError, match="init_lora_weights 'pissa_niter_4' changes the base"):
+        check_adapter(write_adapter(tmp_path / "pissa", init_lora_weights="pissa_niter_4"))
+    check_adapter(write_adapter(tmp_path / "gaussian", init_lora_weights="gaussian"))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled"):
         check_adapter(adapter)

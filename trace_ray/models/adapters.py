@@ -37,6 +37,11 @@ _FUNCTION_FIELDS = (
 """Fields of adapter_config.json that change what the adapter computes."""
 
 
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Named initialisations that leave the base's weights alone, as vLLM has it; PiSSA's, OLoRA's, CorDA's and
+LoftQ's don't."""
+
+
 def adapter_sha256(folder: str | Path) -> str:
     """Return the identity of an adapter: sha256 of its weights' bytes and of its function's fields.
 
@@ -112,6 +117,12 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
         found.append("modules_to_save can't be served; an adapter holds LoRA matrices only")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         found.append("trained biases can't be served; use bias 'none' and lora_bias false")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        found.append(
+            f"init_lora_weights {init!r} changes the base's own weights as it is loaded; convert it to "
+            "a plain LoRA adapter (peft: path_initial_model_for_weight_conversion)"
+        )
     for name in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
         if config.get(name):
             found.append(f"{name} can't be served; put the LoRA on whole modules")
