@@ -157,6 +157,24 @@ def test_the_reference_is_the_deployed_adapter(base, deployed, tmp_path):
     assert all(p.requires_grad for p in trained_parameters(model).values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_copy_of_a_deployed_adapter_has_the_dropout_asked_for(
+    base, deployed, tmp_path, dropout
+):
+    other = Path(shutil.copytree(deployed, tmp_path / "other"))
+    saved = json.loads((other / "adapter_config.json").read_text()) | {"lora_dropout": 0.5}
+    (other / "adapter_config.json").write_text(json.dumps(saved))
+    lora = LORA.model_copy(update={"dropout": dropout})
+    model = load_policy_model(base, other, lora, seed=0)
+    names = [name for name, _ in model.named_modules() if name.endswith("dropout.default")]
+    kinds = {getattr(model.get_submodule(name), "p", 0.0) for name in names}
+    assert names
+    assert kinds == {dropout}
+    save_adapter(model, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["lora_dropout"] == dropout
+
+
 def test_training_moves_inverted_pairs_and_saves_the_adapter_alone(base, deployed, tmp_path):
     trainer = make(base, deployed, tmp_path)
     trainer.train()

@@ -44,7 +44,8 @@ def load_policy_model(
     Args:
         base: directory of safetensors weights.
         adapter: directory of the deployed adapter; None where the base itself is deployed.
-        lora: shape of a fresh adapter, initialised by peft under ``seed`` right after the base is loaded.
+        lora: shape of a fresh adapter, initialised by peft under ``seed`` right after the base is loaded;
+            of a copy of the deployed one its dropout counts, the rest has to be the same.
         seed: of the fresh adapter's A matrices.
         attention: transformers' attention implementation; ``sdpa`` goes block by block where a batch
             is packed, and is ``eager`` for a model whose attention it doesn't know.
@@ -75,8 +76,10 @@ def load_policy_model(
         return peft.get_peft_model(model, fresh)  # pyright: ignore[reportReturnType]
     _check_shape(Path(adapter), lora, model.config.model_type)
     with _fitting(adapter, base):
+        copied: Any = peft.PeftConfig.from_pretrained(str(adapter))
+        copied.lora_dropout = lora.dropout  # of this training, not of the deployed adapter's
         wrapped = peft.PeftModel.from_pretrained(
-            model, str(adapter), adapter_name=TRAINED, is_trainable=True
+            model, str(adapter), adapter_name=TRAINED, is_trainable=True, config=copied
         )
     _load_matrices(wrapped, REFERENCE, adapter, base)
     wrapped.set_adapter(TRAINED)
