@@ -239,6 +239,16 @@ def test_another_shape_than_the_deployed_adapters_is_refused(base, deployed):
         load_policy_model(base, deployed, other, seed=0)
 
 
+def test_all_linear_is_another_shape_than_some_layers(base, deployed, tmp_path):
+    lora = LORA.model_copy(update={"targets": "all-linear"})
+    with pytest.raises(ModelError, match=r"targets \['q_proj', 'v_proj'\].*targets all-linear"):
+        load_policy_model(base, deployed, lora, seed=0)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    whole = tiny_adapter(tmp_path / "whole", base, targets=layers)
+    model = load_policy_model(base, whole, lora, seed=0)
+    assert len(trained_parameters(model)) == 2 * 2 * len(layers)
+
+
 @pytest.mark.parametrize(
     ("targets", "named"),
     [

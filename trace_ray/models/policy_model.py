@@ -74,7 +74,7 @@ def load_policy_model(
             task_type="CAUSAL_LM",
         )
         return peft.get_peft_model(model, fresh)  # pyright: ignore[reportReturnType]
-    _check_shape(Path(adapter), lora, model.config.model_type)
+    _check_shape(Path(adapter), lora, model)
     with _fitting(adapter, base):
         copied: Any = peft.PeftConfig.from_pretrained(str(adapter))
         copied.lora_dropout = lora.dropout  # of this training, not of the deployed adapter's
@@ -232,19 +232,38 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str], base: str | P
         )
 
 
-def _check_shape(adapter: Path, lora: LoraConfig, model_type: str) -> None:
+def _check_shape(adapter: Path, lora: LoraConfig, model: PreTrainedModel) -> None:
     """Refuse a deployed adapter whose shape is not the one asked for."""
     saved = json.loads((adapter / "adapter_config.json").read_text())
+    targets = saved["target_modules"]
     same = saved["r"] == lora.r and float(saved["lora_alpha"]) == float(lora.alpha)
-    if isinstance(lora.targets, list):
-        targets = family_of(model_type).lora_targets(lora.targets)
-        same = same and set(saved["target_modules"]) == set(targets)
+    if lora.targets != "all-linear":
+        asked = family_of(model.config.model_type).lora_targets(lora.targets)
+        same = same and isinstance(targets, list) and set(targets) == set(asked)
+    elif isinstance(targets, list):  # what a pattern (text) takes, peft alone knows
+        same = same and _takes_all_linear(targets, model)
     if not same:
-        found = f"r {saved['r']}, alpha {saved['lora_alpha']}, targets {sorted(saved['target_modules'])}"
+        named = sorted(targets) if isinstance(targets, list) else repr(targets)
+        found = f"r {saved['r']}, alpha {saved['lora_alpha']}, targets {named}"
         raise ModelError(
             f"{adapter}: the deployed adapter has {found}; training.lora asks for r {lora.r}, "
             f"alpha {lora.alpha}, targets {lora.targets}. Set training.lora to the deployed shape."
         )
+
+
+def _takes_all_linear(targets: Sequence[str], model: PreTrainedModel) -> bool:
+    """Say whether an adapter's targets are all layers that a fresh one for ``all-linear`` would take."""
+    from torch import nn
+
+    asked = family_of(model.config.model_type).lora_targets("all-linear")
+    head = model.get_output_embeddings()
+    ends = tuple(f".{target}" for target in targets)
+    return all(
+        f".{name}".endswith(ends)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+        if asked == "all-linear" or name.rpartition(".")[2] in asked
+    )
 
 
 def is_sharded(model: PeftModel) -> bool:
