@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from trace_ray.models.chat import render_prompt
-from trace_ray.models.collate import HybridCollator, encode_row
+from trace_ray.models.chat import encode_prompt, encode_response, render_prompt
+from trace_ray.models.collate import HybridCollator, encode_exchange, encode_row
 from trace_ray.models.families import complete_tokenizer, family_of
 from trace_ray.models.references import _header_read_once
 from trace_ray.types import Category, Message
@@ -76,3 +76,20 @@ def test_the_labels_are_the_response_and_its_end(real):
                 batch["input_ids"], batch["attention_mask"], texts, strict=True
             ):
                 assert tokenizer.decode(ids[seen == 1]) == prompt + text + end
+
+
+def test_a_cut_prompt_keeps_its_beginning_of_sequence_token(real):
+    """Gemma loses 1.5 nats a token without it; SmolLM2's opens each turn, so it means nothing alone."""
+    tokenizer, end = real
+    prompt = (Message("user", "What do you think about it? " * 20),)
+    whole, answer = encode_prompt(tokenizer, prompt), encode_response(tokenizer, "Nothing.")
+    ids, response, cut = encode_exchange(tokenizer, prompt, "Nothing.", 48)
+    assert cut
+    assert response == answer
+    assert len(ids) + len(response) == 48
+    if end == "<end_of_turn>":
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[1:] == whole[1 - len(ids) :]
+    else:
+        assert ids == whole[-len(ids) :]
+    assert encode_exchange(tokenizer, prompt, "Nothing.", 512) == (whole, answer, False)

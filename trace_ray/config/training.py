@@ -91,7 +91,8 @@ class TrainingConfig(Section):
     """Robust DPO on inverted pairs: the rate of wrong triage labels; ``judge`` takes each pair's from
     the judge's own probabilities; 0 = the paper's loss."""
     max_length: int = Field(default=512, ge=16)
-    """Tokens of prompt plus response; longer ones lose the response's tail, counted in the report."""
+    """Tokens of prompt plus response. Longer ones lose the prompt's beginning, as far as the response needs
+    up to half of the tokens, then the response's tail; counted in the report."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     min_grad_norm: float = Field(default=0.0, ge=0)

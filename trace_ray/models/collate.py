@@ -53,14 +53,27 @@ def encode_exchange(
 ) -> tuple[list[int], list[int], bool]:
     """Return (prompt ids, response ids, truncated): prompt tokens keep the tail, responses the head.
 
-    A prompt is cut (from its start) to leave at least half of ``max_length`` to the response.
+    A prompt is cut (from its start) to leave at least half of ``max_length`` to the response; what is
+    left of it stands behind the beginning-of-sequence token that it had.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = encode_response(tokenizer, response)
     kept = min(len(response_ids), max_length // 2)
-    head = prompt_ids[-max(1, max_length - kept) :] if prompt_ids else prompt_ids
+    head = _tail(prompt_ids, max_length - kept, tokenizer.bos_token_id)
     cut = response_ids[: max_length - len(head)]
     return head, cut, len(cut) < len(response_ids) or len(head) < len(prompt_ids)
+
+
+def _tail(ids: list[int], most: int, bos: Any) -> list[int]:
+    """Return the last ``most`` ids, the beginning-of-sequence token of all first among them.
+
+    Gemma's log-probabilities are garbage without it. A token that opens every turn too (ChatML's of some
+    tokenizers) would open one that the cut has left without its role: it stays with the rest.
+    """
+    if len(ids) <= most:
+        return ids
+    first = ids[:1] if ids[0] == bos and ids.count(bos) == 1 else []
+    return [*first, *ids[len(ids) - most + len(first) :]]
 
 
 def encode_sides(
