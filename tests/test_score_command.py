@@ -180,6 +180,13 @@ def test_cut_responses_are_counted(base, files):
     assert all(math.isfinite(row["raw_score"]) for row in scores(files))
 
 
+def test_a_response_whose_prompt_is_cut_for_the_other_ones_sake_is_counted(base, files):
+    row = {**TRIAGED[0], "prompt": "a longer question " * 3, "chosen": "far too long " * 20}
+    write(files / "triaged.jsonl", [row])
+    assert "1 responses cut" in score(base, files, "--max-length", 192).output
+    assert "2 responses cut to --max-length 96" in score(base, files, "--max-length", 96).output
+
+
 def cut_alike(row):
     return row | {side: "far too long " * 20 + side for side in ("chosen", "rejected")}
 

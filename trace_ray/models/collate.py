@@ -85,7 +85,7 @@ def encode_sides(
     """
     sides = [encode_exchange(tokenizer, prompt, text, max_length) for text in responses]
     prompt_ids = min((ids for ids, _, _ in sides), key=len)
-    return prompt_ids, [(ids, cut) for _, ids, cut in sides]
+    return prompt_ids, [(ids, cut or len(own) > len(prompt_ids)) for own, ids, cut in sides]
 
 
 def encode_row(
