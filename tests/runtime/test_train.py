@@ -170,3 +170,19 @@ def test_a_base_is_shared_by_several_workers_only():
     for impact, why in (({"workers": 2}, "own workers score"), ({"method": "jvp"}, "take ghost")):
         with pytest.raises(ValueError, match=why):
             TrainingConfig.model_validate(sharing | {"impact": impact})
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: robust DPO has no counterpart"),
+        ({"loss": "ipo", "label_smoothing": "judge"}, "label_smoothing: robust DPO"),
+        ({"warmup_ratio": 1}, "warmup_ratio"),  # to transformers, one step
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"epochs": float("inf")}, "epochs"),
+        ({"alpha_kl": float("nan")}, "alpha_kl"),
+    ],
+)
+def test_settings_that_would_mean_something_else_are_refused(settings, why):
+    with pytest.raises(ValueError, match=why):
+        TrainingConfig.model_validate(settings)

@@ -62,13 +62,13 @@ class TrainingConfig(Section):
     loss: Literal["dpo", "ipo"] = "dpo"
     """Preference loss on inverted pairs."""
     beta: float = Field(default=0.3, gt=0, allow_inf_nan=False)
-    alpha_kl: float = Field(default=0.1, ge=0)
-    rpo_alpha: float = Field(default=0.0, ge=0)
+    alpha_kl: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    rpo_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the NLL of a pair's preferred response; 0 = the paper's loss."""
-    retain_preference: float = Field(default=0.0, ge=0)
+    retain_preference: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the preference that retained pairs still state, beside the KL; 0 = the paper's loss."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    epochs: float = Field(default=1, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    epochs: float = Field(default=1, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps; null = by epochs."""
     batch_size: int = Field(default=4, ge=1)
@@ -88,12 +88,13 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
-    """Robust DPO on inverted pairs: the rate of wrong triage labels; ``judge`` takes each pair's from
-    the judge's own probabilities; 0 = the paper's loss."""
+    """Robust DPO: the rate of wrong triage labels, for every preference that is trained on; ``judge`` takes
+    each inverted pair's from the judge's own probabilities; 0 = the paper's loss."""
     max_length: int = Field(default=512, ge=16)
     """Tokens of prompt plus response. Longer ones lose the prompt's beginning, as far as the response needs
     up to half of the tokens, then the response's tail; counted in the report."""
-    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the optimizer steps over which the learning rate rises to its full height."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     min_grad_norm: float = Field(default=0.0, ge=0)
     """Stop when the gradient norm falls under it (epsilon of Algorithm 1); 0 = never."""
@@ -120,6 +121,15 @@ class TrainingConfig(Section):
             )
         if self.shard_base and self.impact.method == "jvp":
             raise ValueError("impact.method: jvp needs the whole base on one worker; take ghost")
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_is_of_dpo(self) -> TrainingConfig:
+        if self.label_smoothing and self.loss != "dpo":
+            raise ValueError(
+                f"label_smoothing: robust DPO has no counterpart for loss {self.loss}; leave it out, or "
+                "take loss dpo"
+            )
         return self
 
     @model_validator(mode="after")
