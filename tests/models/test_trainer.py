@@ -188,6 +188,14 @@ def test_training_moves_inverted_pairs_and_saves_the_adapter_alone(base, deploye
     }
 
 
+def test_a_single_step_trains(base, tmp_path):
+    trainer = make(base, None, tmp_path, max_steps=None, epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    named = trained_parameters(trainer.model).items()
+    assert all(bool(value.any()) for name, value in named if "lora_B" in name)
+
+
 @pytest.mark.parametrize("change", [{"max_tokens": 60}, {"gradient_checkpointing": True}])
 def test_saving_memory_does_not_change_the_result(base, deployed, tmp_path, change):
     whole, split = (

@@ -139,6 +139,12 @@ class RealignTrainer(Trainer):
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create transformers' schedule; its warm-up, which begins at rate 0, never takes the only step."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
