@@ -115,3 +115,17 @@ def test_no_compliant_response_leaves_nothing_to_score_against(folder):
         "the gold batch is empty: no RETAIN or INVERT pair shows what the policy wants"
         in done.stderr
     )
+
+
+def test_dpo_gold_without_an_accepted_reply_has_nothing_to_train_on(folder):
+    (folder / "bad.jsonl").write_text(json.dumps({"prompt": "Hi", "response": "No."}) + "\n")
+    config = changed(
+        folder,
+        "nothing.yaml",
+        {"objective": "dpo_gold"},
+        policy=policy(folder, "10", "(?s)."),
+        oracle={"kind": "file", "path": "bad.jsonl"},
+    )
+    done = here("apply", config)
+    assert done.returncode == 2, done.stdout
+    assert "nothing to train on: objective dpo_gold leaves out every pair" in done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ray.core.objectives import WEIGHTED, flip_probability, training_pair
+from trace_ray.errors import DataError
 from trace_ray.models.adapters import adapter_sha256, check_adapter, write_meta
 from trace_ray.models.families import family_of
 from trace_ray.rollout.attempts import attempt
@@ -96,6 +97,7 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
         job.reporter("train")
         rows = out / "rows.parquet"
         write_rows(rows, _training_rows(job, scores), rows_schema())
+        _require_rows(rows, training.objective)
         job.needs.give(out)
         train(
             TrainJob(
@@ -116,6 +118,22 @@ def _train(job: ModelJob, scores: StageResult | None) -> StageResult:
         remove_checkpoints(job.inputs.store, checkpoints / run_name)
 
     return job.inputs.store.stage(ADAPTERS, key, work)
+
+
+def _require_rows(rows: Path, objective: str) -> None:
+    """Refuse an objective that leaves every pair out.
+
+    Raises:
+        DataError: says which pairs these are.
+    """
+    import pyarrow.parquet as pq
+
+    if not pq.read_metadata(rows).num_rows:
+        raise DataError(
+            f"nothing to train on: objective {objective} leaves out every pair, as it does unjudged ones "
+            "and PUNISH pairs whose corrected responses the judge did not accept; look at the oracle's "
+            "replies"
+        )
 
 
 def _training_rows(job: ModelJob, scores: StageResult | None) -> Iterator[dict[str, Any]]:
