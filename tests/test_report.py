@@ -30,6 +30,11 @@ def test_rows_that_were_cut_are_in_the_table_where_there_are_any():
     assert "cut" not in printed(report_of(0, 0))
 
 
+def test_an_error_is_shown_as_it_is():
+    report = report_of(0) | {"failed": {"b": "no [/INST] in [enforce fail]"}}
+    assert "failed: no [/INST] in [enforce fail]" in printed(report)
+
+
 def test_an_oracle_that_failed_is_in_the_triage_line():
     names = ("pairs", "invert", "punish", "retain", "unjudged", "review", "judge_calls")
     triage = dict.fromkeys((*names, "cache_hits"), 5) | {"judge": {"name": "rules", "auc": None}}

@@ -20,7 +20,7 @@ from trace_ray.rollout.status import status_view
 from trace_ray.runtime import fleet_lock
 from trace_ray.runtime.fleet_journal import JOURNAL, FleetState, Journal
 from trace_ray.runtime.fleet_lock import FleetLock, Holder
-from trace_ray.runtime.progress import FLEET, Event, Line
+from trace_ray.runtime.progress import FLEET, Event, Line, View
 from trace_ray.runtime.state_files import FolderFiles
 
 HOLD = """
@@ -174,17 +174,31 @@ def test_status_names_the_error_the_log_and_the_retry(tmp_path):
     console.print(status_view(state, "fleet.yaml"))
     assert "nothing was run" in out.getvalue()
     journal = Journal(state, "p-2-aa", "fleet.yaml", ["a", "b"], tmp_path / "logs")
-    journal.take({"a": Line("train", 3, 10)}, [Event("a", "score", "reused", 1, 2.5)])
+    line = Line("train", 3, 10, "attempt 1 failed: no [/INST]")
+    journal.take({"a": line}, [Event("a", "score", "reused", 1, 2.5)])
     journal.settle("b", "failed", "no room [GPU]")
     journal.end("failed", "b failed")
     console.print(status_view(state, "fleet.yaml"))
     shown = out.getvalue()
     assert "failed (b failed)" in shown
+    assert "train attempt 1 failed: no [/INST]" in shown
     assert "3/10" in shown
     assert "score reused 2.5 s" in shown
     assert "b: last error: no room [GPU]" in shown
     assert str(tmp_path / "logs" / "b.log") in shown
     assert "retry: trace-ray apply fleet.yaml --only b" in shown
+
+
+def test_a_view_goes_on_where_an_error_looks_like_a_style(monkeypatch):
+    line, out, heard = Line("train", note="attempt 1 failed: no [/INST]"), io.StringIO(), []
+    monkeypatch.setattr(View, "_lines", lambda self: heard.append(0) or {"a": line})
+    view = View(None, every_s=0.01)
+    view.console = Console(file=out, width=100, force_terminal=True)
+    with view:
+        while len(heard) < 3 and view.thread.is_alive():
+            time.sleep(0.01)
+    assert len(heard) >= 3
+    assert "failed: no [/INST]" in out.getvalue()
 
 
 @pytest.fixture

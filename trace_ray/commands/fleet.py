@@ -68,7 +68,7 @@ def status_command(
                     time.sleep(1)
                 live.update(status_view(state, str(config)))
             if why:
-                console.print(f"{why}; go on with: trace-ray apply {config}", markup=False)
+                console.print(f"{why}; go on with: trace-ray apply {config}")
         else:
             console.print(status_view(state, str(config)), soft_wrap=True)
         record = state.read()

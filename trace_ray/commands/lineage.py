@@ -55,9 +55,9 @@ def explain_command(
         story = explain(inputs, pair_id)
         console = terminal()
         for turn in story.pair.prompt:
-            console.print(f"{turn.role}: {turn.content}", markup=False)
+            console.print(f"{turn.role}: {turn.content}")
         for side in ("chosen", "rejected"):
-            console.print(f"{side}: {getattr(story.pair, side)}", markup=False)
+            console.print(f"{side}: {getattr(story.pair, side)}")
             if verdict := story.verdicts.get(side):
                 p = (
                     ""
@@ -66,7 +66,7 @@ def explain_command(
                 )
                 clause = f", clause {verdict['clause']}" if verdict["clause"] else ""
                 text = f"  {verdict['label']}{p}{clause} ({verdict['judge_id']})"
-                console.print(text, markup=False)
+                console.print(text)
         console.print(f"category: {story.category}")
         clauses = Table("side", "clause", "verdict", "p_violate", "said by")
         for row in story.clauses:
@@ -80,5 +80,5 @@ def explain_command(
         console.print(weights)
         if answers:
             for found in ask_models(inputs, story.pair.prompt, max_new_tokens):
-                console.print(f"{found.model} before: {found.before}", markup=False)
-                console.print(f"{found.model} after: {found.after}", markup=False)
+                console.print(f"{found.model} before: {found.before}")
+                console.print(f"{found.model} after: {found.after}")

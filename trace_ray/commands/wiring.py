@@ -103,7 +103,7 @@ def asking(*configs: str) -> Iterator[None]:
 
 
 def terminal() -> Console:
-    """Return where tables go: as wide as the terminal, or 160 columns."""
+    """Return where tables go: as wide as the terminal, or 160 columns; texts are shown as they are."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)

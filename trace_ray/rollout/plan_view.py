@@ -88,6 +88,7 @@ def _clauses(models: list[ModelPlan]) -> list[RenderableType]:
 
 def _table(models: list[ModelPlan]) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for column in ("model", "action", "policy now", "reused", "to do", "seconds", "devices"):
@@ -97,7 +98,7 @@ def _table(models: list[ModelPlan]) -> RenderableType:
         todo = ", ".join(cost.stage for cost in model.stages if not cost.reused)
         seconds = sum(cost.seconds or 0 for cost in model.stages)
         color = {"no change": "green", BLOCKED: "red"}.get(model.action, "yellow")
-        action = f"[{color}]{model.action}[/{color}]"
+        action = Text(model.action, style=color)
         cells = [reused, todo, f"{seconds:.1f}", str(model.spent)]
         table.add_row(model.name, action, model.policy_now, *cells)
     return table

@@ -283,6 +283,7 @@ def outline(report: dict[str, Any]) -> dict[str, Any]:
 def summary_table(report: dict[str, Any]) -> Table:
     """Return the before/after table printed at the end."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"policy {report['policy']['id']} {report['policy']['version']}")
     table.add_column("model")
@@ -298,9 +299,9 @@ def summary_table(report: dict[str, Any]) -> Table:
         cut = [_cut(model)] if is_cut else []
         table.add_row(model["name"], *_cells(model), *cut, model["registered_as"])
     for name, error in report["failed"].items():
-        table.add_row(name, f"[red]failed: {error}[/red]")
+        table.add_row(name, Text(f"failed: {error}", style="red"))
     for name, why in report["unchanged"].items():
-        table.add_row(name, f"kept: {why}")
+        table.add_row(name, Text(f"kept: {why}"))
     return table
 
 

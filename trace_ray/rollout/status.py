@@ -10,6 +10,7 @@ from trace_ray.runtime.fleet_lock import SILENCE_S, Silence
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.text import Text
 
 _COLORS = {"failed": "red", "done": "green", "kept": "green", "retrying": "yellow"}
 
@@ -67,24 +68,25 @@ def _headline(state: FleetState, record: Record, config: str) -> str:
     return f"{head}; journal {record.serial}, written {max(age, 0):.0f} s ago"
 
 
-def _cells(row: RowState) -> list[str]:
-    color = _COLORS.get(row.status)
-    status = f"[{color}]{row.status}[/{color}]" if color else row.status
+def _cells(row: RowState) -> list[Text]:
+    from rich.text import Text
+
     progress = f"{row.done}/{row.total}" if row.total else ""
     stages = ", ".join(
         f"{name} {stage.status}" + (f" {stage.wall_s:.1f} s" if stage.wall_s else "")
         for name, stage in row.stages.items()
     )
     attempt = str(row.attempts) if row.attempts > 1 else ""
-    return [
-        status,
+    shown = (
         f"{row.stage} {row.note}".strip(),
         progress,
         _left(row),
         attempt,
         stages,
         row.mlflow_run,
-    ]
+    )
+    # As texts: a note may quote an error, whose brackets a table would take for styles.
+    return [Text(row.status, style=_COLORS.get(row.status, "")), *map(Text, shown)]
 
 
 def _left(row: RowState) -> str:

@@ -146,12 +146,14 @@ class View:
 
     def _table(self, lines: dict[str, Line]) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
         for column in ("", "stage", "progress", ""):
             table.add_column(column)
         for who, line in lines.items():
-            table.add_row(who, line.stage, _share(line), line.note)
+            # As a text: it may quote an error, whose brackets a table would take for styles.
+            table.add_row(who, line.stage, _share(line), Text(line.note))
         table.caption = f"{time.time() - self.started:.0f} s"
         return table
 
