@@ -158,6 +158,22 @@ def test_server_that_does_not_answer():
         Registry("http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize("scheme", ["http", "postgresql+pg8000"])
+def test_no_message_tells_a_password(scheme):
+    with pytest.raises(RegistryError, match=r"://fleet:\*\*\*@127\.0\.0\.1:9") as caught:
+        Registry(f"{scheme}://fleet:s3cr@t@127.0.0.1:9/db")
+    assert "s3cr" not in str(caught.value)
+
+
+def test_a_storage_s_folder_may_have_any_name(tmp_path):
+    storage = tmp_path / "50% off? #1"
+    made = Registry(default_uri(storage))
+    assert made.registered_name("a") == "trace-a"
+    assert made.versions("trace-a") == []
+    assert FleetAliases(made.uri, "trace").read() == {}
+    assert (storage / "mlflow.db").is_file()
+
+
 def test_failed_registration_leaves_no_version(registry, tmp_path):
     adapter = write_adapter(tmp_path / "a", seed=11)
     with pytest.raises(RegistryError, match="can't be registered"):

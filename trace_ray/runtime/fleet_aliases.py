@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from trace_ray.errors import RegistryError
-from trace_ray.runtime.mlflow_client import open_client, require_answer, told
-
-_SQLITE = "sqlite:///"
+from trace_ray.runtime.mlflow_client import open_client, require_answer, sqlite_file, told
 
 
 class FleetAliases:
@@ -21,7 +17,7 @@ class FleetAliases:
             prefix: registered models are called ``<prefix>-<model name>``.
         """
         self.uri, self.prefix = uri, prefix
-        self._file = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+        self._file = sqlite_file(uri)
 
     def read(self) -> dict[str, dict[str, int]]:
         """Return by registered model (its full name) alias -> version: one search for all of them.

@@ -5,15 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from trace_ray.errors import RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/]*@")
+
+_SQLITE = "sqlite:///"
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return a database file's address, in which % and ? have a meaning of their own."""
+    return _SQLITE + str(file).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the database file of an address; None of a server's."""
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))
 
 
 def require_answer(uri: str) -> None:
@@ -25,7 +44,7 @@ def require_answer(uri: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise RegistryError(
-            f"{uri}: no MLflow server answers ({reason}); start it, or correct tracking.uri or "
+            f"{shown(uri)}: no MLflow server answers ({reason}); start it, or correct tracking.uri or "
             "MLFLOW_TRACKING_URI (leave both out for sqlite in the storage folder)"
         ) from None
 
@@ -48,8 +67,13 @@ def told(uri: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise RegistryError(f"{uri}: {what}: {first_line(error)}") from None
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise RegistryError(shown(f"{uri}: {what}: {first_line(error)}")) from None
+
+
+def shown(text: str) -> str:
+    """Return a text with the addresses in it, but not their passwords: for messages and records."""
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def _quiet() -> None:

@@ -24,7 +24,15 @@ from trace_ray.models.adapters import CONFIG, WEIGHTS, adapter_sha256, write_met
 from trace_ray.models.fingerprint import FINGERPRINT
 from trace_ray.runtime.adapter_cache import fetch_adapter
 from trace_ray.runtime.aliases import Aliases
-from trace_ray.runtime.mlflow_client import first_line, open_client, require_answer, told
+from trace_ray.runtime.mlflow_client import (
+    first_line,
+    open_client,
+    require_answer,
+    shown,
+    sqlite_file,
+    sqlite_uri,
+    told,
+)
 from trace_ray.runtime.records import (
     AdapterRecord,
     DeployedAdapter,
@@ -35,7 +43,6 @@ from trace_ray.runtime.records import (
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-_SQLITE = "sqlite:///"
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100
 _NO_ROW_KEYS = ("step", "timestamp_ms")
@@ -43,7 +50,7 @@ _NO_ROW_KEYS = ("step", "timestamp_ms")
 
 def default_uri(storage: Path) -> str:
     """Return the embedded registry's address: sqlite in the storage folder."""
-    return f"{_SQLITE}{Path(storage).absolute() / 'mlflow.db'}"
+    return sqlite_uri(Path(storage).absolute() / "mlflow.db")
 
 
 class Registry:
@@ -62,10 +69,11 @@ class Registry:
         """
         self.uri = uri
         self.prefix = prefix
-        self._file: Path | None = None
-        if uri.startswith(_SQLITE):
-            self._file = Path(uri.removeprefix(_SQLITE)).absolute()
-            self.uri = f"{_SQLITE}{self._file}"
+        file = sqlite_file(uri)
+        self._file = file and file.absolute()
+        if self._file is not None:
+            _, sign, options = uri.partition("?")
+            self.uri = f"{sqlite_uri(self._file)}{sign}{options}"
             try:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -203,7 +211,7 @@ class Registry:
         """Return where a run is seen: a page of the server, or the run's id in a sqlite file."""
         if self._file is not None:
             return f"{self.uri} run {run_id}"
-        return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{run_id}"
+        return f"{shown(self.uri)}/#/experiments/{self._experiment_id}/runs/{run_id}"
 
     def _find(
         self, reference: str, name: str, alias: str | None, version: str | None
@@ -216,7 +224,8 @@ class Registry:
             return self._client.get_model_version(name, str(version))
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise RegistryError(f"{self.uri}: {reference}: {first_line(error)}") from None
+                text = f"{self.uri}: {reference}: {first_line(error)}"
+                raise RegistryError(shown(text)) from None
             known = self.versions(name)
             if not known:
                 hint = f"nobody registered {name} there; run `trace-ray apply` for it first"
@@ -225,7 +234,7 @@ class Registry:
                 hint = f"{name} has no alias {alias!r}; it has {', '.join(given) or 'none'}"
             else:
                 hint = f"{name} has versions {', '.join(str(item.version) for item in known)}"
-            raise RegistryError(f"{reference}: not in {self.uri}: {hint}") from None
+            raise RegistryError(f"{reference}: not in {shown(self.uri)}: {hint}") from None
 
     def _existing(self, name: str, record: AdapterRecord) -> ModelVersion | None:
         wanted = (record.adapter_sha256, record.policy_digest)
