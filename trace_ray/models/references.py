@@ -357,8 +357,14 @@ def _check_type(reference: str, config: dict[str, Any]) -> None:
 
 
 def remembered_digest(files: list[Path], cache: Path) -> str:
-    """Return the sha256 over names and bytes, remembered in ``cache`` by sizes and times."""
-    stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """Return the sha256 over names and bytes, remembered in ``cache`` by sizes and times.
+
+    The time of the last change counts too: tools that copy or unpack set the time of writing at will.
+    """
+    stats = [
+        [str(file.resolve()), at.st_size, at.st_mtime_ns, at.st_ctime_ns]
+        for file, at in ((file, file.stat()) for file in files)
+    ]
     memo = cache / "digests" / f"{content_digest(stats)[:32]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(memo.read_text(encoding="utf-8"))["sha256"]
