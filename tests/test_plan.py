@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import yaml
 from trace_ray.config import JudgeConfig, ModelConfig, Resources, load_config
 from trace_ray.config.oracle import VLLMOracle
 from trace_ray.errors import ConfigError
-from trace_ray.models.references import resolve_model
+from trace_ray.models.references import remembered_digest, resolve_model
 from trace_ray.rollout import estimate
+from trace_ray.rollout.judging import people_said, verdict_store
 from trace_ray.rollout.lineage import keep_policy, kept_policy
 from trace_ray.rollout.measuring import answering
 from trace_ray.rollout.model_job import ADAPTERS, SCORES, Deployed, ModelJob
+from trace_ray.rollout.parallel import is_live, keep_result, kept_results
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.rollout.plan_file import (
     Expected,
@@ -26,8 +29,10 @@ from trace_ray.rollout.plan_file import (
 from trace_ray.rollout.planning import CHANGES, FleetPlan, ModelPlan
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
+from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
 from trace_ray.serve.config import ServeConfig
 from trace_ray.testing import tiny_adapter, tiny_model, tiny_task
+from trace_ray.types import Label, Message, Verdict, response_id
 
 
 @pytest.fixture
@@ -236,6 +241,59 @@ def test_a_plan_holds_for_all_that_judges_oracle_and_tasks_are_made_of(job, tmp_
         before = after
     (tmp_path / "replies.jsonl").write_text('{"prompt": "q", "response": "baz"}\n')
     assert filed["oracle.path"] != now(by_file)["oracle.path"]
+
+
+def say(store, policy, label, times=1):
+    """A person's word on the reply of the fleet's pair, under the policy and its one clause."""
+    said = Verdict(label, float(label is Label.VIOLATES), "person:ada", provenance="human")
+    key = response_id((Message("user", "q"),), "foo")
+    for _ in range(times):
+        store.append(HUMAN, HUMAN, policy.digest, [(policy.digest, key, said)])
+        store.append(HUMAN, HUMAN, CLAUSES, [(policy.clause_key("a"), key, said)])
+
+
+def test_people_s_words_count_by_what_they_say(job, tmp_path):
+    fleet = yaml.safe_load((tmp_path / "fleet.yaml").read_text())
+    fleet["judge"]["granularity"] = "clause"
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+    inputs = read_inputs(str(tmp_path / "fleet.yaml"))
+    store, policy = verdict_store(inputs), inputs.policy
+    assert people_said(inputs) == []
+    said = Verdict(Label.COMPLIES, 0.0, "person:ada", provenance="human")
+    before = input_digests(inputs)
+    store.append(HUMAN, HUMAN, CLAUSES, [(policy.clause_key("a"), "0" * 16, said)])
+    after = input_digests(inputs)
+    assert {name for name in after if after[name] != before[name]} == {"people's verdicts"}
+    say(store, policy, Label.VIOLATES, 20)
+    found = people_said(inputs)
+    say(store, policy, Label.VIOLATES)  # the same file brought in again
+    store.append(HUMAN, HUMAN, CLAUSES, [("of another policy", "0" * 16, said)])
+    assert people_said(inputs) == found
+    store.gc({}, 0)  # merges files
+    assert people_said(inputs) == found
+    say(store, policy, Label.COMPLIES)
+    assert people_said(inputs) != found
+
+
+def test_a_model_that_was_promoted_is_realigned_once_people_said_more(job, tmp_path):
+    inputs, deployed = job.inputs, job.deployed
+    keep_result(inputs, "one", {"adapter_sha256": deployed.sha256})
+    kept = kept_results(inputs, whole=False)["one"]
+    assert is_live(inputs, kept, deployed)
+    assert not is_live(inputs, kept, dataclasses.replace(deployed, sha256="ee"))
+    say(verdict_store(inputs), inputs.policy, Label.COMPLIES)
+    assert read_inputs(str(tmp_path / "fleet.yaml")).run_id == inputs.run_id
+    assert not is_live(inputs, kept, deployed)
+
+
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    found = []
+    for text in ("one", "two"):
+        file.write_text(text)
+        os.utime(file, (1, 1))  # as reproducible archives set it
+        found.append(remembered_digest([file], tmp_path / "cache"))
+    assert len({*found, remembered_digest([file], tmp_path / "cache")}) == 2
 
 
 def test_retries_and_parallel_are_no_part_of_a_run_s_identity(job, tmp_path):

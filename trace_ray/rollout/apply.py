@@ -130,7 +130,7 @@ def _run(
                 keeper.settle(name, "failed", error)
             if len(failed) == len(names):
                 raise all_failed(failed, keeper.journal.record.config)
-            live = [name for name in names if is_live(ever.get(name), deployed.get(name))]
+            live = [name for name in names if is_live(inputs, ever.get(name), deployed.get(name))]
             results |= {name: kept[name] for name in live if name in kept}
             for name in live:
                 keeper.settle(name, "kept")

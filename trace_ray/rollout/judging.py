@@ -23,7 +23,7 @@ from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
 from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.stored_judge import StoredJudge
-from trace_ray.runtime.verdict_store import CLAUSES, VerdictStore
+from trace_ray.runtime.verdict_store import CLAUSES, HUMAN, VerdictStore
 from trace_ray.types import LabelledResponse, Verdict, content_digest
 
 _REGISTERED = "models:/"
@@ -32,6 +32,16 @@ _REGISTERED = "models:/"
 def verdict_store(inputs: Inputs) -> VerdictStore:
     """Return the verdict store of a config's storage."""
     return VerdictStore(str(Path(inputs.store.root, "verdicts")), inputs.store.bucket)
+
+
+def people_said(inputs: Inputs) -> list[str]:
+    """Return the digests of people's verdicts under the policy that the triage goes by; [] for none."""
+    policy, judge, store = inputs.policy, inputs.config.judge, verdict_store(inputs)
+    known = [store.load(HUMAN, policy.digest, [policy.digest])]
+    if judge is not None and judge.granularity == "clause":
+        subjects = [policy.clause_key(clause.id) for clause in policy.clauses]
+        known.append(store.load(HUMAN, CLAUSES, subjects))
+    return [each.digest for each in known if each]
 
 
 def prepared_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:

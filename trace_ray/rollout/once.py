@@ -14,7 +14,7 @@ from trace_ray.errors import DataError, JudgeError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.conflicts import prepare
-from trace_ray.rollout.judging import prepared_judge, verdict_store
+from trace_ray.rollout.judging import people_said, prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, data_digest
 from trace_ray.runtime.cluster import near_these_files
 from trace_ray.runtime.judge_card import JudgeCard, require_auc
@@ -23,7 +23,6 @@ from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import StageResult, write_json
 from trace_ray.runtime.triage import triage_pairs
 from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
-from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
 from trace_ray.types import Category
 
 PAIRS, TRIAGE = "pairs", "triage"
@@ -58,10 +57,7 @@ def pairs_key(inputs: Inputs) -> dict[str, Any]:
 
 def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str, Any]:
     """What the triage depends on; where nobody answered a judge's question, on the earlier one too."""
-    policy, asked, verdicts = inputs.policy, spec.config, verdict_store(inputs)
-    people = verdicts.fingerprint(HUMAN, policy.digest)
-    if asked.granularity == "clause":
-        people += verdicts.fingerprint(HUMAN, CLAUSES)
+    policy, asked = inputs.policy, spec.config
     key = {
         "pairs": pairs.path.name,
         "judge": [spec.judge_id, spec.digest],
@@ -71,7 +67,7 @@ def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str,
         "tiers": dict(asked.tiers),
         "policy": policy.digest,
         "both": asked.judge_both,
-        "people": people,
+        "people": people_said(inputs),
         "version": __version__,
     }
     while (done := inputs.store.find(TRIAGE, key)) is not None and _is_open(inputs, done):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from trace_ray.config import ModelConfig
+from trace_ray.config.oracle import FileOracle
 from trace_ray.errors import ModelError, TraceRayError
-from trace_ray.models.references import ModelSource, resolve_model
+from trace_ray.models.references import ModelSource, remembered_digest, resolve_model
+from trace_ray.rollout.judging import people_said
 from trace_ray.rollout.keeper import Keeper
 from trace_ray.rollout.measuring import answering, shards
 from trace_ray.rollout.model_job import Deployed, ModelJob
@@ -23,6 +26,8 @@ MODELS = "models"
 """Folder of a run with one result a model."""
 READ, MADE = ("scores_path", "answers_path"), ("adapter_path",)
 """Where a result names its stages' files: those that a report reads, and the others."""
+READ_TOO = "read_too"
+"""Key of a result: digests of what was read beside what the run's id tells of."""
 GONE = "the files of what this run made of it were removed since"
 """Why a model is reported without its measures."""
 
@@ -169,7 +174,7 @@ def keep_result(inputs: Inputs, name: str, found: Mapping[str, Any]) -> None:
     """Keep a model's result in the run's folder: a later ``--only`` reports on all models."""
     folder = inputs.store.run_dir(inputs.run_id) / MODELS
     folder.mkdir(exist_ok=True)
-    write_json(folder / f"{name}.json", dict(found))
+    write_json(folder / f"{name}.json", {**found, READ_TOO: _read_too(inputs)})
 
 
 def kept_results(inputs: Inputs, *, whole: bool = True) -> dict[str, dict[str, Any]]:
@@ -196,13 +201,22 @@ def _is_whole(store: Store, kept: Mapping[str, Any]) -> bool:
     return all(store.here(path).exists() for path in read)
 
 
-def is_live(kept: Mapping[str, Any] | None, deployed: Deployed | None) -> bool:
+def is_live(inputs: Inputs, kept: Mapping[str, Any] | None, deployed: Deployed | None) -> bool:
     """Whether a model runs what this very run made of it: it was promoted since, nothing is left to do.
 
     Args:
+        inputs: of the run.
         kept: what ``kept_results`` holds of the model.
         deployed: the adapter that it runs now.
     """
-    if kept is None or deployed is None:
+    if kept is None or deployed is None or kept.get("adapter_sha256") != deployed.sha256:
         return False
-    return kept.get("adapter_sha256") == deployed.sha256
+    now = _read_too(inputs)
+    return kept.get(READ_TOO, now) == now  # a result of an earlier version doesn't tell
+
+
+def _read_too(inputs: Inputs) -> list[str]:
+    """Return digests of what models are made from and a run's id doesn't tell of."""
+    oracle = inputs.config.oracle
+    replies = [Path(oracle.path)] if isinstance(oracle, FileOracle) else []
+    return [*people_said(inputs), *(remembered_digest([at], inputs.store.models) for at in replies)]

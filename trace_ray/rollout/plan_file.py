@@ -17,7 +17,6 @@ from trace_ray.models.references import ModelSource, remembered_digest, resolve_
 from trace_ray.rollout.model_job import Deployed
 from trace_ray.rollout.plan import NOT_ASKED, Inputs
 from trace_ray.runtime.store import write_json
-from trace_ray.runtime.verdict_store import HUMAN
 from trace_ray.types import content_digest
 
 VERSION = 1
@@ -25,7 +24,7 @@ VERSION = 1
 
 def input_digests(inputs: Inputs) -> dict[str, str]:
     """Return the digests of what a run reads from files, by name."""
-    from trace_ray.rollout.judging import verdict_store
+    from trace_ray.rollout.judging import people_said
 
     config = inputs.config
     settings = config.model_dump(mode="json", exclude=NOT_ASKED)
@@ -45,9 +44,7 @@ def input_digests(inputs: Inputs) -> dict[str, str]:
         ),
         "evaluation.attacks": content_digest([each.to_row() for each in inputs.attacks]),
         "data.gold": content_digest({k: str(v) for k, v in inputs.gold.items()}),
-        "people's verdicts": content_digest(
-            verdict_store(inputs).fingerprint(HUMAN, inputs.policy.digest)
-        ),
+        "people's verdicts": content_digest(people_said(inputs)),
         "trace_ray": __version__,
     }
     for where, judge in config.judges.items():

@@ -154,7 +154,7 @@ def make_plan(config_path: str, sample: int) -> FleetPlan:
 def _needless(jobs: list[ModelJob], planned: TriagePlan | None) -> dict[str, str]:
     """Return the models that would be left as they are, and why."""
     kept = kept_results(jobs[0].inputs, whole=False) if jobs else {}
-    live = [job for job in jobs if is_live(kept.get(job.model.name), job.deployed)]
+    live = [job for job in jobs if is_live(job.inputs, kept.get(job.model.name), job.deployed)]
     found = {job.model.name: "runs what this run made of it" for job in live}
     rest = [job for job in jobs if job not in live]
     if planned is not None and planned.idle:

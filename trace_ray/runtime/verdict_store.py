@@ -22,7 +22,7 @@ from typing import Any
 
 from trace_ray.errors import DataError
 from trace_ray.runtime.bucket import Bucket
-from trace_ray.types import Label, Verdict
+from trace_ray.types import Label, Verdict, content_digest
 
 HUMAN, CLAUSES, CARD = "human", "clauses", "judge.json"
 _TEXTS = ("label", "clause", "reason", "raw", "judge_id", "provenance")
@@ -66,6 +66,15 @@ class Known:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    @property
+    def digest(self) -> str:
+        """Digest of what they say: of a subject and content id the newest label; empty for none."""
+        said = {
+            subject: dict(zip(ids.tolist(), table.column("label").to_pylist(), strict=True))
+            for subject, (ids, table) in self.rows.items()
+        }
+        return content_digest(said) if said else ""
 
     def get(self, subject: str, ids: Sequence[str]) -> list[Verdict | None]:
         """Return the newest verdict per content id (16 hex digits), None where there is none."""
