@@ -118,6 +118,24 @@ def bundle(fleet, keys):
     return fleet / "out.zip"
 
 
+def test_another_fleet_s_newer_run_in_the_same_storage_is_not_exported(fleet, tmp_path):
+    storage = tmp_path / "storage"
+    shutil.copytree(fleet / "storage", storage, symlinks=True)
+    newer = storage / "runs" / "acme-2-newer"
+    shutil.copytree(storage / "runs" / "acme-2-12345678", newer)
+    report = json.loads((newer / "report.json").read_text())
+    write_json(newer / "report.json", report | {"run_id": newer.name, "fleet": "theirs"})
+    (storage / "latest").unlink()
+    (storage / "latest").symlink_to("runs/acme-2-newer")
+    config = yaml.safe_load((fleet / "fleet.yaml").read_text()) | {"storage": str(storage)}
+    for prefix, wanted in (("trace", "acme-2-12345678"), ("theirs", newer.name)):
+        path = fleet / f"{prefix}.yaml"
+        path.write_text(yaml.safe_dump(config | {"tracking": {"registry_prefix": prefix}}))
+        export(str(path), tmp_path / "out.zip")
+        with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+            assert json.loads(archive.read("report.json"))["run_id"] == wanted
+
+
 def test_a_third_party_verifies_with_the_public_key_alone(fleet, bundle, keys, tmp_path):
     alone = tmp_path / "from-the-operators"
     alone.write_bytes(bundle.read_bytes())

@@ -23,7 +23,7 @@ from trace_ray.rollout.gate import gate_rows
 from trace_ray.rollout.grading import OUTCOMES
 from trace_ray.rollout.html_report import HTML
 from trace_ray.rollout.plan import load_policy
-from trace_ray.rollout.report import REPORT, VERDICTS
+from trace_ray.rollout.report import REPORT, VERDICTS, newest_run
 from trace_ray.rollout.second_judge import same_judge
 from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog, audit_of, parse_chain, parse_head
 from trace_ray.runtime.bundle import read_bundle, write_bundle
@@ -53,14 +53,14 @@ def export(config_path: str, out: Path, run_id: str | None = None) -> str:
     Args:
         config_path: fleet config; its policy must be the run's.
         out: zip to write.
-        run_id: None = the newest run.
+        run_id: None = the fleet's newest run.
 
     Raises:
         AuditError: no such run, a broken chain, or the policy file is not the run's.
     """
     config = load_config(config_path)
-    store, storage = Store.of(config), Path(config.storage)
-    run = storage / "runs" / run_id if run_id else (storage / "latest").resolve()
+    store = Store.of(config)
+    run = Path(config.storage, "runs", run_id) if run_id else newest_run(config)
     if not (run / REPORT).is_file():
         raise AuditError(f"{run}: holds no {REPORT}; run 'trace-ray apply {config_path}' first")
     report = json.loads((run / REPORT).read_text())

@@ -25,7 +25,7 @@ from trace_ray.errors import DataError, StateError
 from trace_ray.rollout import charts
 from trace_ray.rollout.grading import OUTCOMES, change, task_means
 from trace_ray.rollout.plan import load_policy, open_registry
-from trace_ray.rollout.report import REPORT, TRIAGED
+from trace_ray.rollout.report import REPORT, TRIAGED, newest_run
 from trace_ray.rollout.second_judge import warning
 from trace_ray.runtime.audit_log import AuditLog, audit_of
 from trace_ray.runtime.store import Store, read_rows, stream_rows, write_text
@@ -49,14 +49,14 @@ def write_html(config_path: str, run_id: str | None = None) -> Path:
 
     Args:
         config_path: fleet config of the run.
-        run_id: None = the newest run.
+        run_id: None = the fleet's newest run.
 
     Raises:
         DataError: no such run.
     """
     config = load_config(config_path)
-    store, storage = Store.of(config), Path(config.storage)
-    run = storage / "runs" / run_id if run_id else (storage / "latest").resolve()
+    store = Store.of(config)
+    run = Path(config.storage, "runs", run_id) if run_id else newest_run(config)
     if not (run / REPORT).is_file():
         raise DataError(f"{run}: holds no {REPORT}; run 'trace-ray apply {config_path}' first")
     report = json.loads((run / REPORT).read_text())

@@ -20,6 +20,7 @@ from trace_ray.runtime.store import stream_rows, write_json, write_rows, write_t
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from trace_ray.config import FleetConfig
     from trace_ray.rollout.plan import Inputs
     from trace_ray.runtime.judge_card import JudgeCard
     from trace_ray.runtime.triaged import JudgeCounts, TriagedRows
@@ -49,6 +50,7 @@ def build(
     policy, same = inputs.policy, same_judge(judges)
     return {
         "run_id": inputs.run_id,
+        "fleet": inputs.config.tracking.registry_prefix,
         "policy": {"id": policy.id, "version": policy.version, "digest": policy.digest},
         "data": {"digest": inputs.data_digest, **ingested},
         "triage": None
@@ -168,6 +170,19 @@ def write(
     draft.unlink(missing_ok=True)
     draft.symlink_to(Path("runs", inputs.run_id))
     os.replace(draft, latest)
+
+
+def newest_run(config: FleetConfig) -> Path:
+    """Return the folder of the fleet's newest run; other fleets may have newer ones in its storage."""
+    storage, fleet = Path(config.storage), config.tracking.registry_prefix
+    latest = (storage / "latest").resolve()
+    reports = storage.glob(f"runs/*/{REPORT}")
+    newest = sorted(reports, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in (latest / REPORT, *newest):
+        # A report of an earlier version names no fleet.
+        if path.is_file() and json.loads(path.read_text()).get("fleet", fleet) == fleet:
+            return path.parent
+    return latest
 
 
 def _log_triage(inputs: Inputs, report: dict[str, Any]) -> None:
