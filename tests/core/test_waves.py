@@ -99,7 +99,9 @@ def test_each_model_stands_in_one_wave():
 def test_time_soaks_only_while_there_is_traffic():
     assert time_soaked([], 100.0) == (0.0, 100.0)
     assert time_soaked([160.0, 130.0], 100.0) == (60.0, 160.0)
-    assert time_soaked([90.0], 100.0) == (0.0, 90.0)  # a clock set back
+    assert time_soaked([90.0], 100.0) == (0.0, 100.0)  # a clock set back
+    # two replicas, whose files come after one another
+    assert time_soaked([100.0, 130.0, 160.0, 190.0], 160.0) == (30.0, 190.0)
     # a clock set forward, an endpoint that was down
     assert time_soaked([110.0, 1e6, 1e6 + 5], 100.0) == (10 + IDLE_S + 5, 1e6 + 5)
 

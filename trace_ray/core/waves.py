@@ -201,7 +201,8 @@ def time_soaked(times_s: Iterable[float], since_s: float) -> tuple[float, float]
     """Return the seconds of traffic after ``since_s``, and the time up to which they are counted.
 
     A pause between two requests counts as at most ``IDLE_S``: a clock set forward, an endpoint that
-    was down or a night without traffic soaks nothing. A clock set back counts as no time.
+    was down or a night without traffic soaks nothing. What lies before ``since_s`` counts as no time:
+    a clock set back, or the file of another replica that came late.
 
     Args:
         times_s: of the requests, in any order.
@@ -210,7 +211,7 @@ def time_soaked(times_s: Iterable[float], since_s: float) -> tuple[float, float]
     total = 0.0
     for time_s in sorted(times_s):
         total += min(max(0.0, time_s - since_s), IDLE_S)
-        since_s = time_s
+        since_s = max(since_s, time_s)
     return total, since_s
 
 

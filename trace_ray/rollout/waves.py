@@ -133,7 +133,8 @@ class WaveRollout:
             self.rollouts.finish()
             if moved := self._moved(plan, state, kept["arms"]):
                 return self._stop(kept, state, "; ".join(moved)), []
-            fresh = [path for path in self.records.files() if path.name not in set(kept["seen"])]
+            before = {*kept["seen"]}
+            fresh = [path for path in self.records.files() if path.name not in before]
             rows = [row for path in fresh for row in rows_of(path)]
             observations = [o for row in rows if (o := _observation(row, kept["arms"]))]
             times = [float(at) for row in rows if isinstance(at := row.get("time"), int | float)]
@@ -142,7 +143,7 @@ class WaveRollout:
             for action in actions:
                 evidence = {"rollout": kept["id"]} | live_evidence(plan, after, action)
                 self._do(action, kept["arms"][action.model], evidence)
-            seen = sorted({*kept["seen"], *(path.name for path in fresh)})
+            seen = sorted(before | {path.name for path in fresh})
             self._write(after, kept | {"seen": seen, "soaked_to": soaked_to})
             return after, actions
 
