@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from trace_ray.core.policy import Policy
 from trace_ray.core.triage import in_review
 from trace_ray.core.verdicts import abstained
 from trace_ray.errors import DataError
+from trace_ray.runtime.audit_log import user
 from trace_ray.runtime.store import write_text
 from trace_ray.runtime.verdict_store import CLAUSES, HUMAN, VerdictStore
 from trace_ray.types import Label, TriagedPair, Verdict, response_id
@@ -87,7 +87,7 @@ def import_review(
     Raises:
         DataError: every line that can't be used, or that is about another policy.
     """
-    judge_id = f"person:{person or getpass.getuser()}"
+    judge_id = f"person:{person or user()}"
     whole: list[tuple[str, str, Verdict]] = []
     single: list[tuple[str, str, Verdict]] = []
     bad: list[str] = []
