@@ -28,7 +28,7 @@ from trace_ray.runtime.fleet_lock import LOCK, FleetLock
 from trace_ray.runtime.journal import operators_lock
 from trace_ray.runtime.needs import Needs
 from trace_ray.runtime.stale import LIMIT_ENV, keep_within_limit
-from trace_ray.runtime.state_files import BucketFiles
+from trace_ray.runtime.state_files import BucketFiles, state_files
 from trace_ray.runtime.store import Store
 from trace_ray.runtime.verdict_store import VerdictStore
 from trace_ray.types import Label, Verdict
@@ -183,6 +183,12 @@ def test_gc_removes_what_killed_runs_left_in_a_bucket(client, tmp_path, monkeypa
     assert "checkpoint run in the bucket: 0.0 MiB" in gc("--days", "0", "--dry-run")
     assert before <= keys(client, bucket)
     shutil.rmtree(done)  # of this node's copy
+    theirs = state_files(store.root, bucket, "state/another-fleet")
+    running = FleetLock(theirs)
+    running.acquire()
+    refused = CliRunner().invoke(app, ["gc", str(path), "--days", "0"])
+    assert (refused.exit_code, "held by" in refused.output) == (2, True), refused.output
+    running.release()
     assert "3 folders" in gc("--days", "0")
     assert {name for name in keys(client, bucket) if not name.startswith("state/")} == {
         f"stages/scores/{done.name}/{name}" for name in ("deep/a.txt", "stage.json")

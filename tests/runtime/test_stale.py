@@ -25,7 +25,7 @@ def made(store, name, idle_s):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(str(tmp_path / "storage"))
+    return Store(str(tmp_path / "stages" / "of all" / "storage"))
 
 
 def test_only_what_was_not_used_for_so_long_is_stale_and_use_renews_it(store):

@@ -10,7 +10,7 @@ from trace_ray.config import load_config
 from trace_ray.runtime.fleet_journal import FleetState
 from trace_ray.runtime.fleet_lock import FleetLock
 from trace_ray.runtime.stale import Stale, find_abandoned, find_stale, remove
-from trace_ray.runtime.state_files import FolderFiles
+from trace_ray.runtime.state_files import state_files
 from trace_ray.runtime.store import Store
 
 DAY_S = 86400.0
@@ -30,7 +30,7 @@ def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
     """
     config = load_config(config_path)
     store, mine = Store.of(config), FleetState.of(config)
-    others = [FolderFiles(folder) for folder in sorted(Path(store.root, "state").glob("*"))]
+    others = [state_files(store.root, store.bucket, f"state/{name}") for name in _fleets(store)]
     with contextlib.ExitStack() as held:
         # Every fleet that keeps its stages here.
         for files in [mine.files, *(each for each in others if each != mine.files)]:
@@ -47,13 +47,23 @@ def clean(config_path: str, days: float, *, dry_run: bool) -> list[Stale]:
         return stale
 
 
+def _fleets(store: Store) -> list[str]:
+    """Return the names of the fleets that have state in a storage."""
+    folder = Path(store.root, "state")
+    if store.bucket is None:
+        return sorted(path.name for path in folder.glob("*"))
+    return sorted(
+        {path.relative_to(folder).parts[0] for path, _, _ in store.bucket.written(folder)}
+    )
+
+
 def _of_newest_run(root: Path) -> set[Path]:
     """Return the stage folders that the newest run's results point into."""
     found = set()
     for path in root.glob("latest/models/*.json"):
         for value in json.loads(path.read_text()).values():
             parts = Path(value).parts if isinstance(value, str) else ()
-            if "stages" in parts:
-                at = parts.index("stages")
+            if "stages" in parts:  # the last one: a folder above the storage may be called so too
+                at = len(parts) - 1 - parts[::-1].index("stages")
                 found.add(root.joinpath(*parts[at : at + 3]))
     return found
