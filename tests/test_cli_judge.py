@@ -200,6 +200,51 @@ def test_a_group_is_measured_as_it_decides(fleet, tmp_path):
     assert (silent.exit_code, "the script says nothing" in silent.output) == (2, True)
 
 
+def calibrated(path, tmp_path, labels):
+    """Return what ``judge calibrate`` writes of (reply, verdict) labels."""
+    rows = [
+        {"prompt": f"q{i}", "response": text, "verdict": verdict}
+        for i, (text, verdict) in enumerate(labels)
+    ]
+    (tmp_path / "of.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "of.json"
+    done = run("judge", "calibrate", path, "--labels", tmp_path / "of.jsonl", "--out", out)
+    assert done.exit_code == 0, done.output
+    return json.loads(out.read_text())
+
+
+def test_outside_its_band_a_judge_is_measured_as_it_decides(fleet, tmp_path):
+    # The best threshold lies between 0.92 and 0.97, but whatever it is, 0.92 is above the band.
+    script = [("foo", 0.97), ("bar", 0.92), ("", 0.1)]
+    judge = changed(
+        fleet,
+        abstain={"p_low": 0.1, "p_high": 0.9},
+        script=[{"contains": text, "p_violate": p} for text, p in script],
+    )
+    labels = [("foo", "violates"), ("bar", "complies"), ("fine", "complies")] * 6
+    found = calibrated(judge, tmp_path, labels)
+    assert found["confusion"] == {
+        "true_positive": 6,
+        "false_positive": 6,
+        "false_negative": 0,
+        "true_negative": 6,
+    }
+    assert (found["abstained"], found["accuracy"]) == (0, pytest.approx(2 / 3))
+
+
+def test_rules_are_measured_as_they_decide(fleet, tmp_path):
+    path = fleet.with_name("policy.yaml")
+    policy = yaml.safe_load(path.read_text())
+    policy["clauses"][0]["checks"] = {"must_not_include": {"any": ["never said"]}}
+    del policy["clauses"][0]["examples"], policy["tests"]
+    path.write_text(yaml.safe_dump(policy))
+    config = yaml.safe_load(fleet.read_text()) | {"judge": {"kind": "rules"}}
+    fleet.write_text(yaml.safe_dump(config))
+    found = calibrated(fleet, tmp_path, [("foo", "violates"), ("fine", "complies")] * 6)
+    assert (found["confusion"]["false_positive"], found["confusion"]["false_negative"]) == (0, 6)
+    assert (found["threshold"], found["ece"], found["auc"]) == (None, None, 0.5)
+
+
 def test_review_goes_out_and_comes_back(fleet, tmp_path, monkeypatch):
     def nameless():
         raise KeyError("getpwuid(): uid not found: 4711")  # as in a container

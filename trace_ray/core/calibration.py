@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trace_ray.core import metrics
+from trace_ray.core.verdicts import decide
 from trace_ray.errors import DataError
 from trace_ray.types import Label, LabelledResponse, Verdict
 
@@ -124,8 +125,9 @@ def _decided(
     found: dict[int, bool] = {}
     for mine, other in (halves, halves[::-1]):
         cut = metrics.best_threshold([truth[i] for i in other], [scores[i] for i in other])
+        said = {i: decide(Verdict(Label.UNJUDGED, scores[i], ""), cut, band).label for i in mine}
         found |= {
-            i: scores[i] >= cut for i in mine if band is None or not band[0] < scores[i] < band[1]
+            i: label is Label.VIOLATES for i, label in said.items() if label is not Label.UNJUDGED
         }
     return found
 

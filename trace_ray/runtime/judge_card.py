@@ -89,10 +89,12 @@ def answers_in(folder: Path) -> VerdictStore:
 def decides_by_threshold(spec: JudgeSpec) -> bool:
     """Return whether a threshold on p_violate makes the judge's labels.
 
-    It doesn't where several judges do, or where a tier takes several violated clauses.
+    It doesn't where rules or several judges do, or where a tier takes several violated clauses.
     """
+    if spec.kind == "rules" or spec.members:
+        return False
     by_clause = spec.config.granularity == "clause"
-    return not spec.members and not (by_clause and max(spec.config.tiers.values(), default=1) > 1)
+    return not (by_clause and max(spec.config.tiers.values(), default=1) > 1)
 
 
 def judge_card(spec: JudgeSpec, labels: Sequence[LabelledResponse], folder: Path) -> JudgeCard:
