@@ -57,7 +57,7 @@ def pairs_key(inputs: Inputs) -> dict[str, Any]:
 
 def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str, Any]:
     """What the triage depends on; where nobody answered a judge's question, on the earlier one too."""
-    policy, asked = inputs.policy, spec.config
+    asked = spec.config
     key = {
         "pairs": pairs.path.name,
         "judge": [spec.judge_id, spec.digest],
@@ -65,7 +65,7 @@ def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str,
         "band": spec.band,
         "granularity": asked.granularity,
         "tiers": dict(asked.tiers),
-        "policy": policy.digest,
+        "policy": inputs.policy.digest,
         "both": asked.judge_both,
         "people": people_said(inputs),
         "version": __version__,

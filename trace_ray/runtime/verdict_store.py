@@ -184,10 +184,6 @@ class VerdictStore:
                 ) from None
         raise DataError(f"{self._folder(judge, about)}: its files change faster than they are read")
 
-    def fingerprint(self, judge: str, about: str) -> list[str]:
-        """Return the names of a folder's files: they differ when anything was added."""
-        return [Path(file).name for file in self._files(self._folder(judge, about))]
-
     def stats(self) -> list[FolderStats]:
         """Count what is stored, folder by folder; reads the label column only."""
         import pyarrow.parquet as pq
