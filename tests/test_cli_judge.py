@@ -1,6 +1,7 @@
 """The commands about policies, judges and verdicts, in this process: no engine, no cluster."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -335,3 +336,47 @@ def test_verdicts_stats_export_gc(fleet, tmp_path):
     assert "0 folders removed" in kept.output
     gone = run("verdicts", "gc", fleet, "--days", "0")
     assert "removed 1 verdicts of old-judge" in gone.output
+
+
+def test_a_damaged_file_of_verdicts_is_named(fleet, tmp_path):
+    store = verdict_store(read_inputs(str(fleet)))
+    found = Verdict(Label.VIOLATES, 0.9, "old-judge")
+    store.append("f" * 64, "old-judge", "a" * 64, [("a" * 64, "0" * 16, found)])
+    (written,) = Path(store.root).rglob("*.parquet")
+    damaged = written.with_name("1-damaged.parquet")
+    damaged.write_bytes(written.read_bytes()[:-10])
+    out = tmp_path / "all.jsonl"
+    for words in (("stats", fleet), ("export", fleet, out), ("gc", fleet, "--days", "0")):
+        refused = run("verdicts", *words)
+        assert (refused.exit_code, str(damaged) in refused.output) == (2, True), refused.output
+    assert written.exists()
+    assert not list(tmp_path.glob("*all.jsonl*"))
+    damaged.unlink()
+    assert "removed 1 verdicts" in run("verdicts", "gc", fleet, "--days", "0").output
+
+
+def test_gc_clears_what_killed_runs_left_half_written(fleet):
+    store = verdict_store(read_inputs(str(fleet)))
+    left = [Path(store.root, "f" * 16, "a" * 16, ".1.parquet.7")]
+    found = Verdict(Label.VIOLATES, 1.0, "person", provenance="human")
+    store.append(HUMAN, HUMAN, "a" * 64, [("a" * 64, "0" * 16, found)])
+    left.append(Path(store.root, HUMAN, "a" * 16, ".1.parquet.7"))
+    for draft in left:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(b"half")
+    os.utime(left[1], (0, 0))
+    assert "0 folders removed" in run("verdicts", "gc", fleet).output
+    assert [draft.exists() for draft in left] == [True, False]
+    assert "1 folders removed" in run("verdicts", "gc", fleet, "--days", "0").output
+    assert "0 folders removed" in run("verdicts", "gc", fleet, "--days", "0").output
+
+
+def test_gc_merges_no_more_than_memory_holds(fleet, monkeypatch):
+    store = verdict_store(read_inputs(str(fleet)))
+    found = Verdict(Label.VIOLATES, 1.0, "person", provenance="human")
+    for key in range(40):
+        store.append(HUMAN, HUMAN, "a" * 64, [("a" * 64, f"{key:016x}", found)])
+    monkeypatch.setattr("trace_ray.runtime.verdict_store.MERGED_ROWS", 16)
+    for _ in range(2):
+        run("verdicts", "gc", fleet)
+        assert [(row.verdicts, row.files) for row in store.stats()] == [(40, 3)]

@@ -48,16 +48,15 @@ def verdicts_export(
     with exits_cleanly(config):
         import json
 
+        from trace_ray.data.shards import drafted
         from trace_ray.rollout.judging import verdict_store
         from trace_ray.rollout.plan import read_inputs
 
         count = 0
-        draft = writable(out).with_name(f".{out.name}.draft")
-        with draft.open("w", encoding="utf-8") as file:
+        with drafted(writable(out)) as draft, draft.open("w", encoding="utf-8") as file:
             for row in verdict_store(read_inputs(str(config))).rows():
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 count += 1
-        draft.replace(out)
         typer.echo(f"{out}: {count} verdicts")
 
 

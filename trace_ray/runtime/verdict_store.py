@@ -16,6 +16,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from trace_ray.runtime.bucket import Bucket
 from trace_ray.types import Label, Verdict, content_digest
 
 HUMAN, CLAUSES, CARD = "human", "clauses", "judge.json"
+MERGED_ROWS = 1_000_000
+"""Of one file that ``gc`` makes: they are in memory at once."""
+_ABANDONED_S = 3600.0
 _TEXTS = ("label", "clause", "reason", "raw", "judge_id", "provenance")
 
 
@@ -178,51 +182,45 @@ class VerdictStore:
             except FileNotFoundError:
                 continue  # gc has just merged some: list them again
             except (OSError, pa.ArrowException) as error:
-                raise DataError(
-                    f"{self._folder(judge, about)}: stored verdicts can't be read: {error}; remove "
-                    "the broken file and the run judges those replies again"
-                ) from None
+                raise _unreadable(self._folder(judge, about), error) from None
         raise DataError(f"{self._folder(judge, about)}: its files change faster than they are read")
 
     def stats(self) -> list[FolderStats]:
-        """Count what is stored, folder by folder; reads the label column only."""
-        import pyarrow.parquet as pq
+        """Count what is stored, folder by folder; reads the label column only.
 
+        Raises:
+            DataError: a file can't be read.
+        """
         violates = [("label", "=", "violates")]
-
         found = []
         for judge, about in self._folders():
-            files = self._files(self._folder(judge, about))
+            folder = self._folder(judge, about)
+            files = self._files(folder)
             found.append(
                 FolderStats(
                     judge=judge,
                     judge_id=self.judge_id(judge),
                     about=about,
-                    verdicts=sum(pq.read_metadata(file).num_rows for file in files),
-                    violates=sum(
-                        pq.read_table(file, columns=["label"], filters=violates).num_rows
-                        for file in files
-                    ),
+                    verdicts=sum(map(_rows_in, files)),
+                    violates=sum(_read(file, ["label"], violates).num_rows for file in files),
                     files=len(files),
                     n_bytes=sum(os.path.getsize(file) for file in files),
-                    newest=max((os.path.getmtime(file) for file in files), default=0.0),
+                    newest=_last_write(folder),
                 )
             )
         return found
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield every stored verdict as a row, file by file."""
-        import pyarrow.parquet as pq
-
+        """Yield every stored verdict as a row, file by file; DataError as in ``stats``."""
         for judge, about in self._folders():
             for file in self._files(self._folder(judge, about)):
-                for row in pq.read_table(file).to_pylist():
+                for row in _read(file).to_pylist():
                     yield {"judge": judge, "about": about} | row | {"id": f"{row['id']:016x}"}
 
     def gc(self, keep: Mapping[str, set[str]], older_than_s: float) -> list[FolderStats]:
         """Remove folders that nobody names and nobody wrote to lately; merge the files of the rest.
 
-        People's verdicts are never removed.
+        People's verdicts are never removed. What killed runs left half-written is.
 
         Args:
             keep: by digest of the judge, what it is still asked about (policy digests, ``clauses``).
@@ -230,6 +228,9 @@ class VerdictStore:
 
         Returns:
             The folders removed.
+
+        Raises:
+            DataError: a file can't be read; nothing is removed.
         """
         named_by: dict[str, set[str]] = {}
         for judge, about in keep.items():
@@ -238,12 +239,13 @@ class VerdictStore:
         for stats in self.stats():
             folder = self._folder(stats.judge, stats.about)
             named = stats.about in named_by.get(stats.judge, ())
-            recent = time.time() - stats.newest < older_than_s
+            recent = time.time() - _last_write(folder) < older_than_s
             if named or recent or stats.judge == HUMAN:
+                _remove_drafts(folder)
                 self._merge(folder)
                 continue
-            for file in self._files(folder):
-                Path(file).unlink(missing_ok=True)
+            for file in folder.iterdir():
+                file.unlink(missing_ok=True)
             _remove_empty(folder)
             removed.append(stats)
         for judge in {stats.judge for stats in removed}:
@@ -258,21 +260,20 @@ class VerdictStore:
         return json.loads(card.read_text())["judge_id"] if card.exists() else judge
 
     def _merge(self, folder: Path, at_least: int = 16) -> None:
-        """Write the rows of a folder's files into one, then remove those; twice a row does no harm."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+        """Merge neighbouring files of a folder up to ``MERGED_ROWS``; twice a row does no harm."""
         files = self._files(folder)
         if len(files) < at_least:
             return
-        table = pa.concat_tables([pq.read_table(file, schema=verdict_schema()) for file in files])
-        newest = Path(files[-1]).name.split("-")[0]
-        _write(
-            table.sort_by([("subject", "ascending"), ("id", "ascending")]),
-            folder / f"{newest}-{uuid.uuid4().hex[:12]}.parquet",
-        )
+        group: list[str] = []
+        n = 0
         for file in files:
-            Path(file).unlink(missing_ok=True)
+            rows = _rows_in(file)
+            if n + rows > MERGED_ROWS:
+                _merge_files(group)
+                group, n = [], 0
+            group.append(file)
+            n += rows
+        _merge_files(group)
 
     def _folder(self, judge: str, about: str) -> Path:
         return Path(self.root, _short(judge), _short(about))
@@ -289,6 +290,67 @@ class VerdictStore:
         card = Path(self.root, _short(judge), CARD)
         if not card.exists():
             write_json(card, {"digest": judge, "judge_id": judge_id})
+
+
+def _merge_files(files: Sequence[str]) -> None:
+    """Write the rows of files into a new one beside them, then remove those."""
+    import pyarrow as pa
+
+    if len(files) < 2:
+        return
+    table = pa.concat_tables([_read(file).cast(verdict_schema()) for file in files])
+    last = Path(files[-1])
+    newest = last.name.split("-")[0]
+    _write(
+        table.sort_by([("subject", "ascending"), ("id", "ascending")]),
+        last.with_name(f"{newest}-{uuid.uuid4().hex[:12]}.parquet"),
+    )
+    for file in files:
+        Path(file).unlink(missing_ok=True)
+
+
+def _read(file: str, columns: list[str] | None = None, filters: Any = None) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(file, columns=columns, filters=filters)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(file, error) from None
+
+
+def _rows_in(file: str) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(path: str | Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: stored verdicts can't be read: {error}; remove the broken file: what it held is judged "
+        "again (people's answers have to be imported again)"
+    )
+
+
+def _last_write(folder: Path) -> float:
+    """Return when a folder was last written to, half-written files counted; Unix seconds."""
+    times = []
+    for path in (folder, *folder.iterdir()):
+        with suppress(FileNotFoundError):  # a draft that has its name now
+            times.append(path.stat().st_mtime)
+    return max(times, default=0.0)
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what killed runs left half-written; a file takes seconds to write, not an hour."""
+    for draft in folder.glob(".*"):
+        with suppress(FileNotFoundError):
+            if time.time() - draft.stat().st_mtime > _ABANDONED_S:
+                draft.unlink()
 
 
 def _coded(table: Any) -> Any:
