@@ -10,18 +10,23 @@ import yaml
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
+from trace_ray.rollout.conflicts import prepare
+from trace_ray.rollout.distil import _taught
 from trace_ray.rollout.judging import open_judge, prepared_judge, verdict_store
 from trace_ray.rollout.plan import load_policy, read_inputs
 from trace_ray.rollout.review import write_review
 from trace_ray.runtime.judges import Exchange
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.stored_judge import StoredJudge
+from trace_ray.runtime.triaged import TriagedRows, write_triaged
 from trace_ray.runtime.verdict_store import HUMAN
 from trace_ray.types import (
+    Category,
     Label,
     LabelledResponse,
     Message,
     PreferencePair,
+    TriagedPair,
     Verdict,
     response_id,
 )
@@ -380,3 +385,48 @@ def test_gc_merges_no_more_than_memory_holds(fleet, monkeypatch):
     for _ in range(2):
         run("verdicts", "gc", fleet)
         assert [(row.verdicts, row.files) for row in store.stats()] == [(40, 3)]
+
+
+def said_by_people(inputs, **labels):
+    """Keep a person's word on replies to the prompt ``q``."""
+    about, prompt = inputs.policy.digest, (Message("user", "q"),)
+    rows = [
+        (
+            about,
+            response_id(prompt, text),
+            Verdict(Label(label), float(label == "violates"), "person:ada", provenance="human"),
+        )
+        for text, label in labels.items()
+    ]
+    verdict_store(inputs).append(HUMAN, HUMAN, about, rows)
+
+
+def test_people_win_over_a_teacher(fleet):
+    inputs = read_inputs(str(fleet))
+    about, prompt = inputs.policy.digest, (Message("user", "q"),)
+    found = Verdict(Label.COMPLIES, 0.1, "teacher")
+    rows = [(about, response_id(prompt, text), found) for text in ("perhaps", "fine")]
+    verdict_store(inputs).append("f" * 64, "teacher", about, rows)
+    said_by_people(inputs, perhaps="violates")
+    learnt, left_out = _taught(inputs, "teacher", 10)
+    assert {row.response: row.violates for row in learnt} == {"perhaps": True, "fine": False}
+    assert left_out == 0
+
+
+def test_an_oracle_s_replies_are_judged_once_and_by_people_first(fleet, tmp_path):
+    replies = [{"prompt": "q", "response": text} for text in ("a foo", "well", "better")]
+    (tmp_path / "replies.jsonl").write_text("\n".join(map(json.dumps, replies)))
+    config = yaml.safe_load(fleet.read_text())
+    config |= {"oracle": {"kind": "file", "path": "replies.jsonl"}}
+    config |= {"training": {"objective": "trace_oracle"}}
+    fleet.write_text(yaml.safe_dump(config))
+    inputs = read_inputs(str(fleet))
+    said_by_people(inputs, well="violates")
+    bad = Verdict(Label.VIOLATES, 0.9, "script")
+    pair = PreferencePair((Message("user", "q"),), "foo", "foo too")
+    write_triaged(tmp_path / "rows", [TriagedPair(pair, Category.PUNISH, bad, bad)])
+    rows, spec, reporter = TriagedRows(tmp_path / "rows"), open_judge(inputs), Reporter(None, "")
+    (row,) = prepare(inputs, rows, tmp_path / "triage", spec, reporter).rows
+    assert (row.category, row.pair.rejected) == (Category.INVERT, "better")
+    stored = [each["label"] for each in verdict_store(inputs).rows() if each["judge"] != HUMAN]
+    assert sorted(stored) == ["complies", "violates"]

@@ -12,7 +12,7 @@ from trace_ray import __version__
 from trace_ray.core.objectives import CORRECTED
 from trace_ray.core.triage import flipped
 from trace_ray.models.references import remembered_digest
-from trace_ray.rollout.judging import ask
+from trace_ray.rollout.judging import ask, verdict_store
 from trace_ray.rollout.plan import Inputs
 from trace_ray.runtime.cluster import run_alone
 from trace_ray.runtime.judges import JudgeSpec
@@ -115,6 +115,7 @@ def _corrected(
         ask_for = (oracles.write_replies, oracle, inputs.policy, prompts, store.models)
         replies, failed = run_alone(writes, *ask_for, needs=needs)
     fleet("judging corrected responses")
-    found, _ = oracles.correct(punished, replies, lambda exchanges: ask(judge, exchanges))
+    verdicts = verdict_store(inputs)
+    found, _ = oracles.correct(punished, replies, lambda asked: ask(judge, asked, verdicts))
     pairs = zip(punished, found, strict=True)
     return {row.pair_id: now for row, now in pairs if now is not row}, failed

@@ -21,7 +21,7 @@ from trace_ray.runtime.judge_card import JudgeCard, require_auc
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.records import AdapterRecord, RegisteredVersion
-from trace_ray.runtime.verdict_store import CLAUSES
+from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
 from trace_ray.types import Label, LabelledResponse, Verdict, content_digest, response_id
 from trace_ray.version import code_version
 
@@ -55,7 +55,7 @@ def distil(
         config_path: fleet config; its ``judge`` section names the small model and how to fit it.
         labels: jsonl of labelled replies; None = ask the teacher.
         teacher: ``rules``, a fleet config whose judge is asked, or the name of a judge whose stored
-            verdicts are used (``trace-ray verdicts stats`` lists them).
+            verdicts are used (``trace-ray verdicts stats`` lists them); people's answers go before it.
         name: of the registered model, after the registry's prefix.
         alias: set on the registered version.
         limit: replies of the config's data that the teacher labels, at most.
@@ -95,7 +95,7 @@ def _taught(inputs: Inputs, teacher: str, limit: int) -> tuple[list[LabelledResp
         Exchange(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)
     )
     exchanges = list(dict.fromkeys(itertools.islice(replies, limit)))
-    verdicts = _verdicts(inputs, teacher, exchanges)
+    verdicts = _with_people(inputs, exchanges, _verdicts(inputs, teacher, exchanges))
     rows = [
         LabelledResponse(
             prompt=exchange.prompt,
@@ -112,6 +112,16 @@ def _taught(inputs: Inputs, teacher: str, limit: int) -> tuple[list[LabelledResp
             f"{teacher}: gives no verdict on any of {len(exchanges)} replies of {data.source}"
         )
     return rows, len(exchanges) - len(rows)
+
+
+def _with_people(
+    inputs: Inputs, exchanges: Sequence[Exchange], verdicts: Sequence[Verdict | None]
+) -> list[Verdict | None]:
+    """Return the verdicts, people's own in the place of the teacher's."""
+    about = inputs.policy.digest
+    people = verdict_store(inputs).load(HUMAN, about, [about])
+    said = people.get(about, [response_id(each.prompt, each.response) for each in exchanges])
+    return [ours or theirs for ours, theirs in zip(said, verdicts, strict=True)]
 
 
 def _verdicts(
