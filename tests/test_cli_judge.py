@@ -161,6 +161,10 @@ def test_judge_calibrate(fleet, tmp_path):
     assert found["ece"] == pytest.approx(2.5 / 21)
     assert 0.1 < found["threshold"] <= 0.5
     assert found["by_clause"]["no-foo"]["true_positive"] == 10
+    silent = changed(fleet, script=[{"contains": "", "p_violate": None}])
+    done = run("judge", "calibrate", fleet, "--labels", labels, "--against", silent)
+    assert (done.exit_code, "kappa with" in done.output) == (0, True), done.output
+    assert "undefined" in done.output
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"prompt": "q", "response": "foo", "verdict": "violates"}))
     refused = run("judge", "calibrate", fleet, "--labels", few)
@@ -268,7 +272,7 @@ def test_review_goes_out_and_comes_back(fleet, tmp_path, monkeypatch):
     assert (row["response"], row["verdict"], row["p_violate"]) == (reply, None, 0.5)
     done = run("review", "import", file, "--config", fleet)
     assert (done.exit_code, "1 still open" in done.output) == (0, True), done.output
-    file.write_text(json.dumps(row | {"verdict": "violates"}))
+    file.write_text(json.dumps(row | {"verdict": "violates"}), encoding="utf-8-sig")
     done = run("review", "import", file, "--config", fleet, "--person", "ada")
     assert (done.exit_code, "1 violate" in done.output) == (0, True), done.output
     inputs = read_inputs(str(fleet))
@@ -280,10 +284,10 @@ def test_review_goes_out_and_comes_back(fleet, tmp_path, monkeypatch):
     assert said == Verdict(Label.VIOLATES, 1.0, "person:ada", provenance="human")
 
     bad = [row | {"verdict": "maybe"}, row | {"policy_digest": "0"}, row | {"response": "x"}]
-    file.write_text("\n".join(map(json.dumps, bad)))
+    file.write_text("\n".join([*map(json.dumps, bad), "[" * 100_000]))
     refused = run("review", "import", file, "--config", fleet)
     assert refused.exit_code == 2
-    for words in ("review.jsonl:1: verdict", ":2: policy_digest", ":3: response_id"):
+    for words in ("review.jsonl:1: verdict", ":2: policy_digest", ":3: response_id", ":4: (row)"):
         assert words in refused.output
     assert write_review(file, policy, [triage(pair, said, said)]) == 0
     assert not file.exists()

@@ -79,43 +79,44 @@ def read_pairs(source: Source, schema: Schema) -> Iterator[PreferencePair | BadR
 
 def read_labels(path: str | Path) -> list[LabelledResponse]:
     """Read jsonl of ``{prompt, response, verdict[, group]}``; DataError lists every bad line."""
-    return [record for record, _ in _read_all(path, label_row)]
+    return [record for record, _ in read_all(path, label_row)]
 
 
 def read_replies(path: str | Path) -> dict[Prompt, list[str]]:
     """Return each prompt's replies of a jsonl file, in their order; DataError lists every bad row."""
     found: dict[Prompt, list[str]] = {}
-    for (prompt, response), _ in _read_all(path, reply_row):
+    for (prompt, response), _ in read_all(path, reply_row):
         found.setdefault(prompt, []).append(response)
     return found
 
 
 def read_eval_prompts(path: str | Path) -> list[EvalPrompt]:
     """Read jsonl of ``{prompt, bin[, must_mention]}``; DataError lists every bad line."""
-    return [record for record, _ in _read_all(path, eval_row)]
+    return [record for record, _ in read_all(path, eval_row)]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read jsonl of ``{prompt}``; DataError lists every bad line."""
-    return [record for record, _ in _read_all(path, prompt_row)]
+    return [record for record, _ in read_all(path, prompt_row)]
 
 
 def read_gold(path: str | Path) -> dict[str, Category]:
     """Read jsonl of ``{pair_id, category}``; DataError lists every bad line."""
-    return dict(record for record, _ in _read_all(path, gold_row))
+    return dict(record for record, _ in read_all(path, gold_row))
 
 
 def read_categorised(path: str | Path) -> list[tuple[str, PreferencePair, Category]]:
     """Read rows of ``{pair_id, prompt, chosen, rejected, category}``; DataError lists every bad line."""
-    return [record for record, _ in _read_all(path, triaged_row)]
+    return [record for record, _ in read_all(path, triaged_row)]
 
 
 def read_preferences(path: str | Path) -> list[PreferencePair]:
     """Read rows of ``{prompt, chosen, rejected}``; DataError lists every bad line."""
-    return [record for record, _ in _read_all(path, pair_row)]
+    return [record for record, _ in read_all(path, pair_row)]
 
 
-def _read_all(path: str | Path, read: Callable[[Mapping[str, Any], str], T]) -> list[tuple[T, str]]:
+def read_all(path: str | Path, read: Callable[[Mapping[str, Any], str], T]) -> list[tuple[T, str]]:
+    """Return what ``read`` makes of each row, with its place; DataError lists every bad row."""
     good, bad = [], []
     file = DataFile(str(path))
     rows = _parse(Source(file.name, (file,)), lambda row, source: (read(row, source), source))

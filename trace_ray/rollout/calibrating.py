@@ -40,13 +40,13 @@ def calibrate_judge(spec: JudgeSpec, labels: Sequence[LabelledResponse]) -> Cali
 def judges_agree(
     first: JudgeSpec, second: JudgeSpec, labels: Sequence[LabelledResponse]
 ) -> float | None:
-    """Return Cohen's kappa between two judges on the replies that both decide."""
+    """Return Cohen's kappa between two judges on the replies that both decide; None without any."""
     decided = [
         [v.label is Label.VIOLATES for v in pair]
         for pair in zip(_verdicts(first, labels), _verdicts(second, labels), strict=True)
         if all(v.label is not Label.UNJUDGED for v in pair)
     ]
-    return cohen_kappa([a for a, _ in decided], [b for _, b in decided])
+    return cohen_kappa([a for a, _ in decided], [b for _, b in decided]) if decided else None
 
 
 def judge_of(config_path: str, policy: Policy | None = None) -> JudgeSpec:

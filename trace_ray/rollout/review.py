@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from trace_ray.core.policy import Policy
 from trace_ray.core.triage import in_review
 from trace_ray.core.verdicts import abstained
-from trace_ray.errors import DataError
+from trace_ray.data.schemas import FieldError, reply_row
+from trace_ray.data.sources import read_all
 from trace_ray.runtime.audit_log import user
 from trace_ray.runtime.store import write_text
 from trace_ray.runtime.verdict_store import CLAUSES, HUMAN, VerdictStore
@@ -90,21 +91,8 @@ def import_review(
     judge_id = f"person:{person or user()}"
     whole: list[tuple[str, str, Verdict]] = []
     single: list[tuple[str, str, Verdict]] = []
-    bad: list[str] = []
     unanswered = 0
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            key, labels = _answers(row, policy, by_clause)
-        except ValueError as error:
-            bad.append(f"{path}:{number}: {error}")
-            continue
+    for (key, labels), _ in read_all(path, lambda row, _: _answers(row, policy, by_clause)):
         unanswered += not labels
         for clause, label in labels.items():
             p = float(label is Label.VIOLATES)
@@ -113,9 +101,6 @@ def import_review(
                 whole.append((policy.digest, key, said))
             else:
                 single.append((policy.clause_key(clause), key, said))
-    if bad:
-        more = [f"... and {len(bad) - 20} more"] if len(bad) > 20 else []
-        raise DataError("\n".join([*bad[:20], *more]))
     store.append(HUMAN, HUMAN, policy.digest, whole)
     store.append(HUMAN, HUMAN, CLAUSES, single)
     found = whole + single
@@ -123,36 +108,25 @@ def import_review(
     return Imported(len(found) - n_violates, n_violates, unanswered)
 
 
-def _answers(row: Any, policy: Policy, by_clause: bool) -> tuple[str, dict[str | None, Label]]:
-    """Return a line's content id and its answers, by clause (None = the whole reply).
-
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    from trace_ray.data.schemas import FieldError, read_prompt
-
-    if not isinstance(row, dict):
-        raise ValueError("must be a JSON object")
+def _answers(
+    row: Mapping[str, Any], policy: Policy, by_clause: bool
+) -> tuple[str, dict[str | None, Label]]:
+    """Return a line's content id and its answers, by clause (None = the whole reply)."""
     if row.get("policy_digest") != policy.digest:
-        raise ValueError(
-            f"policy_digest: is about policy {row.get('policy')!r}, not {policy.id} "
-            f"{policy.version} as it stands now (digest {policy.digest[:8]})"
+        raise FieldError(
+            "policy_digest",
+            f"is about policy {row.get('policy')!r}, not {policy.id} "
+            f"{policy.version} as it stands now (digest {policy.digest[:8]})",
         )
-    try:
-        prompt = read_prompt(row, "prompt")
-    except FieldError as error:
-        raise ValueError(f"{error.field}: {error.message}") from None
-    response = row.get("response")
-    if not isinstance(response, str):
-        raise ValueError("response: missing")
+    prompt, response = reply_row(row, "")
     key = response_id(prompt, response)
     if row.get("response_id") != key:
-        raise ValueError("response_id: does not belong to this prompt and response")
+        raise FieldError("response_id", "does not belong to this prompt and response")
     labels: dict[str | None, Label] = {}
     for name, clause in (("verdict", None), ("clause_verdict", row.get("clause"))):
         given = row.get(name)
         if given not in (None, Label.COMPLIES, Label.VIOLATES):
-            raise ValueError(f"{name}: must be complies, violates or null (got {given!r})")
+            raise FieldError(name, f"must be complies, violates or null (got {given!r})")
         if given is None:
             continue
         if name == "clause_verdict":
@@ -163,9 +137,10 @@ def _answers(row: Any, policy: Policy, by_clause: bool) -> tuple[str, dict[str |
 
 def _check_clause(clause: Any, policy: Policy, by_clause: bool) -> None:
     if clause not in {each.id for each in policy.clauses}:
-        raise ValueError(f"clause: {clause!r} is no clause of {policy.id} {policy.version}")
+        raise FieldError("clause", f"{clause!r} is no clause of {policy.id} {policy.version}")
     if not by_clause:
-        raise ValueError(
-            "clause_verdict: the judge is asked about whole replies; fill in verdict, or set "
-            "judge.granularity: clause"
+        raise FieldError(
+            "clause_verdict",
+            "the judge is asked about whole replies; fill in verdict, or set "
+            "judge.granularity: clause",
         )
