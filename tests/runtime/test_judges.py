@@ -61,6 +61,8 @@ class Endpoint(BaseHTTPRequestHandler):
             return self.send(500, {"error": {"message": "oops"}}, {"retry-after-ms": "10"})
         if "always500" in asked:
             return self.send(500, {"error": {"message": "oops"}}, {"retry-after-ms": "10"})
+        if "moderated" in asked:
+            return self.send(403, {"error": {"message": "your input was flagged"}})
         if "toolong" in asked:
             return self.send(400, {"error": {"message": "context length exceeded"}})
         if "slow" in asked:
@@ -185,7 +187,9 @@ def test_an_endpoint_that_stumbles_is_asked_again(server):
     assert sum(server.seen.values()) == 4
 
 
-@pytest.mark.parametrize("reply", ["always500", "toolong", "slow", "garbage", "shapeless"])
+@pytest.mark.parametrize(
+    "reply", ["always500", "moderated", "toolong", "slow", "garbage", "shapeless"]
+)
 def test_a_row_that_an_endpoint_cannot_judge_is_unjudged_and_hurts_no_other(server, reply):
     judge = spec_of(config_of(server, max_retries=1, timeout_s=0.3)).build()
     bad, good = said(judge, reply, "foo")
@@ -198,6 +202,14 @@ def test_an_endpoint_that_knows_no_such_model_stops_the_run(server):
     with pytest.raises(JudgeError, match="404 to model 'other'") as caught:
         said(spec_of(config_of(server, model="other")).build(), "foo")
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+
+
+def test_an_endpoint_that_forbids_everything_stops_the_run(server):
+    judge = spec_of(config_of(server)).build()
+    with pytest.raises(JudgeError, match=r"answers 403: .*flagged"):
+        said(judge, "moderated", "moderated too")
+    said(judge, "foo")
+    assert [verdict.label for verdict in said(judge, "moderated")] == [Label.UNJUDGED]
 
 
 def test_an_endpoint_down_leaves_rows_unjudged(server):

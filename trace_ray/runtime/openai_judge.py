@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _BUSY = (408, 409, 425, 429)
+_FORBIDDEN = "the endpoint answers 403"  # to a key, or to one text that a moderator holds back
 _TOP = 20  # the most alternatives the protocol allows
 
 
@@ -52,6 +53,7 @@ class OpenAIJudge:
         self.pool = ThreadPoolExecutor(self.config.concurrency)
         self.pace = _Pace(self.config.requests_per_minute)
         self.usage = Usage()
+        self.answered = False
         self.lock = threading.Lock()
 
     def verdicts(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
@@ -60,7 +62,12 @@ class OpenAIJudge:
         Raises:
             JudgeError: the endpoint refuses every request alike (no such model, a wrong key).
         """
-        return list(self.pool.map(self._verdict, [Exchange(*each) for each in exchanges]))
+        found = list(self.pool.map(self._verdict, [Exchange(*each) for each in exchanges]))
+        if found and not self.answered and all(v.reason.startswith(_FORBIDDEN) for v in found):
+            raise JudgeError(
+                f"judge {self.spec.judge_id}: {self.client.base_url}: {found[0].reason}"
+            )
+        return found
 
     def _verdict(self, exchange: Exchange) -> Verdict:
         from openai import APIStatusError, OpenAIError
@@ -79,7 +86,7 @@ class OpenAIJudge:
                 **more,
             )
         except APIStatusError as error:
-            if error.status_code in (401, 403, 404):
+            if error.status_code in (401, 404):
                 raise JudgeError(
                     f"judge {judge_id}: {self.client.base_url} answers {error.status_code} to model "
                     f"{self.spec.config.model!r}: {error.message}"
@@ -93,7 +100,7 @@ class OpenAIJudge:
 
     def _read(self, answer: Any, exchange: Exchange) -> Verdict:
         """Read an answer that came through, whatever its shape."""
-        judge_id = self.spec.judge_id
+        judge_id, self.answered = self.spec.judge_id, True
         try:
             self._count(answer.usage)
             choice = answer.choices[0]
