@@ -224,7 +224,9 @@ def test_a_plan_holds_for_all_that_judges_oracle_and_tasks_are_made_of(job, tmp_
     before, filed = now(by_model), now(by_file)
     assert (now(by_model), now(by_file)) == (before, filed)
     changes = {
-        "judge.judges.1.model": lambda: tiny_model(judge, seed=6),
+        "judge.judges.1.model": lambda: (judge / "chat_template.jinja").write_text(
+            "{{ messages }}"
+        ),
         "judge.judges.1.adapter": lambda: tiny_adapter(adapter, judge, seed=7),
         "judge.judges.0.labels": lambda: (tmp_path / "second.jsonl").write_text(label % "complies"),
         "judge.judges.1.labels": lambda: (tmp_path / "first.jsonl").write_text(label % "complies"),

@@ -46,9 +46,14 @@ def test_directory(tiny, tmp_path, monkeypatch):
 
 
 def test_digest_is_of_the_bytes(tiny, copy, tmp_path):
-    digest = resolve_model(str(tiny), None, tmp_path).digest
-    (copy / "tokenizer_config.json").write_text('{"a": 1}')
-    assert resolve_model(str(copy), None, tmp_path).digest == digest
+    source = resolve_model(str(tiny), None, tmp_path)
+    assert resolve_model(str(copy), None, tmp_path).tokenizer == source.tokenizer
+    digest = source.digest
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        before = resolve_model(str(copy), None, tmp_path)
+        (copy / name).write_text('{"a": 1}')
+        changed = resolve_model(str(copy), None, tmp_path)
+        assert (changed.digest, changed.tokenizer != before.tokenizer) == (digest, True)
     model = AutoModelForCausalLM.from_pretrained(copy)
     with torch.no_grad():
         model.lm_head.weight.add_(1)

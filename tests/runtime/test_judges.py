@@ -5,6 +5,7 @@ import math
 import pickle
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +15,7 @@ from trace_ray.config import JudgeConfig
 from trace_ray.core.policy import parse_policy
 from trace_ray.core.verdicts import abstained
 from trace_ray.errors import JudgeError
+from trace_ray.models.references import ModelSource
 from trace_ray.rollout.judging import _fixed, distilled_as
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge, usage_of
 from trace_ray.runtime.openai_judge import p_of_logprobs
@@ -300,7 +302,9 @@ def test_a_judge_section_that_makes_no_sense_is_refused(raw, message):
 
 def test_smoothed_verdicts_are_not_taken_for_plain_ones():
     plain, smoothed = JudgeConfig(model="m"), JudgeConfig(model="m", smoothing=2)
-    assert _fixed(None, plain, "digest") != _fixed(None, smoothed, "digest")
+    source = ModelSource("m", "/m", "", "digest", "llama", tokenizer="words")
+    assert _fixed(None, plain, source) != _fixed(None, smoothed, source)
+    assert _fixed(None, plain, source) != _fixed(None, plain, replace(source, tokenizer="other"))
     assert distilled_as(plain) != distilled_as(smoothed)
 
 

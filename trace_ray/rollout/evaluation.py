@@ -86,6 +86,7 @@ class EvaluationJob:
         """What the result depends on."""
         return {
             "base": self.source.digest,
+            "tokenizer": self.source.tokenizer,
             "subject": self.subject.sha256 if self.subject else "",
             "reference": self.reference.sha256 if self.drifts and self.reference else "",
             "suites": list(self.suites),

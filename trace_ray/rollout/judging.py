@@ -168,9 +168,10 @@ def _prepared_vllm(
             "judge.labels: a vllm judge is measured on labels before it may triage (one that was "
             "distilled for this very policy brings its measures along)"
         )
-    key = _stage_key(inputs, config, labels) | {"model": source.digest}
+    key = _stage_key(inputs, config, labels)
+    key |= {"model": source.digest, "tokenizer": source.tokenizer}
     if config.adapter != "auto":
-        key["judge"] = _fixed(given, config, source.digest)
+        key["judge"] = _fixed(given, config, source)
     digest = key["judge"] if "judge" in key else content_digest(key)
     spec = JudgeSpec(
         config=config,
@@ -225,13 +226,14 @@ def _registered(
     return str(found.path), JudgeCard(**json.loads(card))
 
 
-def _fixed(adapter_dir: str | None, config: JudgeConfig, model_digest: str) -> str:
+def _fixed(adapter_dir: str | None, config: JudgeConfig, source: ModelSource) -> str:
     """Identity of a judge that isn't fitted: it stays the same when policy and labels change."""
     from trace_ray.models.adapters import adapter_sha256
 
     adapter = adapter_sha256(Path(adapter_dir)) if adapter_dir else ""
     smoothing = [config.smoothing] if config.smoothing else []
-    return content_digest([model_digest, adapter, config.engine.dtype, FORM, *smoothing])
+    model = [source.digest, source.tokenizer]
+    return content_digest([*model, adapter, config.engine.dtype, FORM, *smoothing])
 
 
 def _stage_key(

@@ -80,6 +80,7 @@ class ModelJob:
         """Digest inputs that every stage of this model shares."""
         return {
             "base": self.source.digest,
+            "tokenizer": self.source.tokenizer,
             "deployed": self.deployed.sha256 if self.deployed else "",
             "pairs": Path(self.pairs_path).name,
             "triage": Path(self.triage_path).name if self.triage_path else "",

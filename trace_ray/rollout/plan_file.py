@@ -72,7 +72,7 @@ def digests(
     found = input_digests(inputs) | _asked_models(inputs)
     for name, source in sources.items():
         adapter = deployed.get(name)
-        found[f"models.{name}.base"] = source.digest
+        found[f"models.{name}.base"] = content_digest([source.digest, source.tokenizer])
         found[f"models.{name}.adapter"] = adapter.sha256 if adapter else ""
     return found
 
@@ -89,7 +89,7 @@ def _asked_models(inputs: Inputs) -> dict[str, str]:
     found: dict[str, str] = {}
     for where, each in asked.items():
         source = resolve_model(str(each.model), each.revision, store.models)
-        found[f"{where}.model"] = source.digest
+        found[f"{where}.model"] = content_digest([source.digest, source.tokenizer])
         if each.adapter and each.adapter != "auto":
             adapter = inputs.registry().resolve(each.adapter, store.adapters)
             found[f"{where}.adapter"] = adapter.sha256
