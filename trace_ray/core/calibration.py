@@ -10,7 +10,7 @@ from typing import Any
 from trace_ray.core import metrics
 from trace_ray.core.verdicts import decide
 from trace_ray.errors import DataError
-from trace_ray.types import Label, LabelledResponse, Verdict
+from trace_ray.types import Label, LabelledResponse, Prompt, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +153,8 @@ class LabelSplit:
 
 
 def split_labels(labels: Sequence[LabelledResponse], seed: int) -> LabelSplit:
-    """Split 60/20/20 by group (rows without a group are their own), seeded."""
-    groups: dict[str, list[LabelledResponse]] = {}
-    for i, row in enumerate(labels):
-        groups.setdefault(row.group or f"#{i}", []).append(row)
+    """Split 60/20/20 by group (rows without a group are their own, repeated ones together), seeded."""
+    groups = _groups(labels)
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     parts: tuple[list[LabelledResponse], ...] = ([], [], [])
@@ -164,21 +162,31 @@ def split_labels(labels: Sequence[LabelledResponse], seed: int) -> LabelSplit:
     for group in order:
         # The part that is furthest from its share takes the next group.
         need = [(t - len(p)) / t if t else 0.0 for p, t in zip(parts, targets, strict=True)]
-        parts[need.index(max(need))].extend(groups[group])
+        parts[need.index(max(need))].extend(labels[i] for i in groups[group])
     return LabelSplit(*parts)
 
 
 def _halves(rows: Sequence[LabelledResponse], seed: int) -> tuple[list[int], list[int]]:
-    """Split row numbers in two by group (a row without a group is its own), seeded."""
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.group or f"#{i}", []).append(i)
+    """Split row numbers in two by group, as ``split_labels`` does, seeded."""
+    groups = _groups(rows)
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     halves: tuple[list[int], list[int]] = ([], [])
     for group in order:
         min(halves, key=len).extend(groups[group])
     return halves
+
+
+def _groups(rows: Sequence[LabelledResponse]) -> dict[str, list[int]]:
+    """Return row numbers by group; a row without one goes with its first repetition."""
+    groups: dict[str, list[int]] = {}
+    of: dict[tuple[Prompt, str], str] = {}
+    for i, row in enumerate(rows):
+        key = (row.prompt, row.response)
+        name = row.group or of.get(key, f"#{i}")
+        of.setdefault(key, name)
+        groups.setdefault(name, []).append(i)
+    return groups
 
 
 def _confusion(truth: Sequence[bool], said: Sequence[bool]) -> Confusion:
