@@ -19,6 +19,7 @@ from trace_ray.models.references import ModelSource
 from trace_ray.rollout.judging import _fixed, distilled_as
 from trace_ray.runtime.judges import Exchange, JudgeSpec, rule_judge, usage_of
 from trace_ray.runtime.openai_judge import p_of_logprobs
+from trace_ray.runtime.verdict_store import VerdictStore
 from trace_ray.types import Label, Message
 
 POLICY = parse_policy(
@@ -75,6 +76,8 @@ class Endpoint(BaseHTTPRequestHandler):
             return self.send(200, {"object": "chat.completion"})
         time.sleep(0.02)
         text = "Yes" if "foo" in asked else "No"
+        if "halved" in asked:
+            text += " \ud800"
         if "mumbles" in asked:
             text = "It depends"
         if "both" in asked:
@@ -181,6 +184,15 @@ def test_an_endpoint_without_logprobs_is_read_by_its_text(server):
         assert verdict.label is Label.UNJUDGED
         assert verdict.p_violate is None
     assert (neither.raw, both.raw) == ("It depends", "Yes and No")
+
+
+def test_half_a_character_in_an_answer_can_be_stored(server, tmp_path):
+    judge = spec_of(config_of(server, logprobs=False)).build()
+    (verdict,) = said(judge, "foo halved")
+    assert (verdict.label, verdict.raw) == (Label.VIOLATES, "Yes ?")
+    store = VerdictStore(str(tmp_path))
+    store.append("f" * 64, "judge", "a" * 64, [("a" * 64, "0" * 16, verdict)])
+    assert [row["raw"] for row in store.rows()] == ["Yes ?"]
 
 
 def test_an_endpoint_that_stumbles_is_asked_again(server):

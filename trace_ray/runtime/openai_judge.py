@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trace_ray.core.verdicts import UNREACHED
@@ -62,12 +63,16 @@ class OpenAIJudge:
         Raises:
             JudgeError: the endpoint refuses every request alike (no such model, a wrong key).
         """
-        found = list(self.pool.map(self._verdict, [Exchange(*each) for each in exchanges]))
+        found = list(self.pool.map(self._storable, [Exchange(*each) for each in exchanges]))
         if found and not self.answered and all(v.reason.startswith(_FORBIDDEN) for v in found):
             raise JudgeError(
                 f"judge {self.spec.judge_id}: {self.client.base_url}: {found[0].reason}"
             )
         return found
+
+    def _storable(self, exchange: Exchange) -> Verdict:
+        verdict = self._verdict(exchange)
+        return replace(verdict, reason=storable(verdict.reason), raw=storable(verdict.raw))
 
     def _verdict(self, exchange: Exchange) -> Verdict:
         from openai import APIStatusError, OpenAIError
@@ -152,6 +157,11 @@ def p_of_text(text: str) -> float | None:
     """Return 1 for an answer of Yes, 0 for No, None where it says neither or both."""
     words = {word.lower() for word in _WORD.findall(text)}
     return float(words == {"yes"}) if len(words) == 1 else None
+
+
+def storable(text: str) -> str:
+    """Return an endpoint's text as it can be written: half a surrogate pair becomes a ``?``."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _plain(token: str) -> str:

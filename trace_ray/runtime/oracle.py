@@ -14,6 +14,7 @@ from trace_ray.core.policy import Policy
 from trace_ray.core.triage import corrected
 from trace_ray.errors import ConfigError, DataError
 from trace_ray.runtime.judges import Exchange
+from trace_ray.runtime.openai_judge import storable
 from trace_ray.types import Category, Label, Prompt, TriagedPair, Verdict
 
 Replies = list[list[str]]
@@ -125,12 +126,12 @@ def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt]) -> tuple[Repli
                 temperature=config.temperature,
                 max_tokens=config.max_new_tokens,
             )
-            return [choice.message.content or "" for choice in answer.choices]
+            return [storable(choice.message.content or "") for choice in answer.choices]
         except APIStatusError as error:
             return f"the endpoint answers {error.status_code}"
         except (OpenAIError, ValueError, AttributeError, TypeError) as error:
             # Unreachable, or a body that is not JSON or has another shape.
-            return f"{type(error).__name__}: {error}"
+            return storable(f"{type(error).__name__}: {error}")
 
     with ThreadPoolExecutor(config.concurrency) as pool:
         answers = list(pool.map(ask, asked))
