@@ -233,6 +233,8 @@ def test_keys_are_kept_as_digests_and_revoked_at_once(tmp_path):
     assert keys.find(f"Bearer {key}") is None
     with pytest.raises(ConfigError, match="no key"):
         revoke_key(file, "nobody")
+    with pytest.raises(ConfigError, match="no such file"):
+        revoke_key(tmp_path / "elsewhere" / "keys.jsonl", "nobody")
     file.write_text('{"id": 1}\n')
     with pytest.raises(ConfigError, match=r"keys\.jsonl:1"):
         Keys(str(file))

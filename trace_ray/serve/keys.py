@@ -174,8 +174,10 @@ def revoke_key(path: Path, key_id: str) -> KeyRecord:
     """Revoke a key; endpoints that run see it with their next request.
 
     Raises:
-        ConfigError: the file has no such key.
+        ConfigError: there is no such file, or no such key in it.
     """
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file of keys")
     with _alone(path):
         records = read_keys(path)
         if key_id not in records:
