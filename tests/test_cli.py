@@ -81,6 +81,12 @@ def test_a_missing_file_is_named(tmp_path, fleet):
     assert_refused(apply(tmp_path, fleet), "policy: no such file", "nowhere.yaml")
 
 
+@pytest.mark.parametrize(("command", "status"), [("plan", 1), ("status", 2)])
+def test_a_mistyped_option_never_ends_as_a_plan_with_changes_does(tmp_path, command, status):
+    done = trace_ray(command, tmp_path / "fleet.yaml", "--detailed-exitcodes")
+    assert (done.returncode, "--detailed-exitcode" in done.stderr) == (status, True)
+
+
 def test_missing_data_is_named(tmp_path, fleet):
     fleet["data"]["source"] = "nowhere/*.jsonl"
     assert_refused(apply(tmp_path, fleet), "nowhere/*.jsonl")

@@ -5,16 +5,30 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from trace_ray.commands.wiring import ConfigPath, exits_cleanly, storage_of, terminal, writable
 
 app = typer.Typer()
 
 
-@app.command("plan")
+class _Plan(TyperCommand):
+    """A command whose status 2 says that there are changes: a mistyped option ends it with 1."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options, as all commands do."""
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            error.exit_code = 1
+            raise
+
+
+@app.command("plan", cls=_Plan)
 def plan_command(
     config: ConfigPath,
     out: Annotated[
