@@ -66,6 +66,28 @@ def test_each_check(checks, response, violates):
     assert bool(verdict.reason) == violates
 
 
+@pytest.mark.parametrize(
+    ("checks", "response", "violates"),
+    [
+        ({"must_not_match": r"\bguaranteed\b"}, "gua\u200branteed", True),
+        ({"must_not_include": {"any": ["never fails"]}}, "nev\u00ader\u2028fails\x07", True),
+        ({"must_include": {"any": ["sorry"]}}, "so\u2060rry", False),
+        # Persian writes words with a character that draws nothing: a policy may, too.
+        (
+            {"must_include": {"any": ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"]}},
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+            False,
+        ),
+        ({"must_not_match": r"\u200b"}, "a\u200bb", True),
+        ({"must_not_match": "x"}, "a\u200bb", False),
+    ],
+)
+def test_a_character_that_draws_nothing_hides_no_word(checks, response, violates):
+    policy = policy_of({"id": "a", "text": "t", "checks": checks})
+    found = evaluate_policy(policy, ask("q"), response).label
+    assert found is (Label.VIOLATES if violates else Label.COMPLIES)
+
+
 def test_the_last_user_turn_counts():
     policy = policy_of({"checks": {"when": {"prompt_regex": "bomb"}, "must_match": "no"}})
     talk = (Message("user", "bomb"), Message("assistant", "no"), Message("user", "and tea?"))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trace_ray.core.judge_prompt import clause_prompt, judge_prompt, visible
+from trace_ray.core.judge_prompt import clause_prompt, judge_prompt
+from trace_ray.core.visible import visible
 from trace_ray.data.injection import attacked, attacks
 from trace_ray.data.steering import attacked_labels, smoothed
 from trace_ray.models.chat import encode_prompt

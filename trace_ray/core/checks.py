@@ -1,7 +1,9 @@
 """Machine-checkable rules of a policy's clauses, and the verdict they give on a reply.
 
 Text is matched case-insensitively and typographic quotes count as plain ones. Phrases stand on
-word boundaries; any run of white space in them matches any other.
+word boundaries; any run of white space in them matches any other. What is found in a text as its
+reader sees it counts as what is found in it as it is written: a character that draws nothing hides no
+word.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from trace_ray.core.prefilter import folded, may_match, required_words
+from trace_ray.core.visible import visible
 from trace_ray.types import Label, Prompt, Verdict
 
 if TYPE_CHECKING:
     from trace_ray.core.policy import Clause, Policy
 
-FORM = 2
+FORM = 3
 """Raised where the same checks judge otherwise than before: older verdicts are not used for them."""
 MAX_CHARS = 100_000
 """A longer prompt or reply is unjudged: patterns are searched in texts of bounded length only."""
@@ -325,7 +328,13 @@ def _phrase(phrase: str) -> Prepared:
 
 def _search(prepared: Prepared, text: str) -> re.Match[str] | None:
     pattern, words = prepared
-    return pattern.search(text) if may_match(words, folded(text)) else None
+    found = pattern.search(text) if may_match(words, folded(text)) else None
+    if found is None and (seen := _seen(text)) is not text:
+        return pattern.search(seen)
+    return found
+
+
+_seen = lru_cache(maxsize=64)(visible)
 
 
 @lru_cache(maxsize=64)

@@ -10,9 +10,9 @@ that no text can close its own delimiter and speak as the judge's instructions.
 from __future__ import annotations
 
 import json
-import unicodedata
 
 from trace_ray.core.policy import Clause, Policy
+from trace_ray.core.visible import visible
 from trace_ray.types import LabelledResponse, Message, Prompt
 
 FORM = 2
@@ -34,28 +34,6 @@ def policy_prefix(policy: Policy) -> str:
 def clause_list(policy: Policy) -> str:
     """The policy's clauses as a model reads them, a line each."""
     return "\n".join(f"- {clause.id}: {' '.join(clause.text.split())}" for clause in policy.clauses)
-
-
-_PLAIN_SPACE = str.maketrans("\n\r\t", "   ")
-
-
-def visible(text: str) -> str:
-    """Return the text as a reader sees it, so that nothing speaks to the judge alone.
-
-    Characters that draw nothing (Unicode Cf and Cc: zero width, direction marks, tags, control
-    characters) are left out, separators that aren't a plain line break or tab become spaces.
-    """
-    if text.translate(_PLAIN_SPACE).isprintable():
-        return text
-    return "".join(map(_visible, text))
-
-
-def _visible(char: str) -> str:
-    if char.isprintable() or char in "\n\r\t":
-        return char
-    if char.isspace():
-        return " "
-    return "" if unicodedata.category(char) in ("Cf", "Cc") else char
 
 
 def question(prompt: Prompt, response: str) -> str:

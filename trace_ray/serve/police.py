@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trace_ray.config.serve import ComplianceSettings
-from trace_ray.core.judge_prompt import visible
 from trace_ray.core.policy import Policy
 from trace_ray.core.verdicts import settles
 from trace_ray.serve.chain import Ask, chain
 from trace_ray.serve.config import ComplianceTable
 from trace_ray.serve.windows import beginning_policy
-from trace_ray.types import Label, Message, Prompt, Verdict
+from trace_ray.types import Label, Prompt, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +82,6 @@ class Police:
     async def _judged(self, policy: Policy, checks: Policy, prompt: Prompt, reply: str) -> Judged:
         started = time.perf_counter()
         verdict, failure, asked = checks.rules.verdict(prompt, reply), "", ""
-        seen = tuple(Message(turn.role, visible(turn.content)) for turn in prompt), visible(reply)
-        if verdict.label is not Label.VIOLATES and seen != (prompt, reply):
-            # A character that draws nothing would keep the checks from finding a word.
-            prompt, reply = seen
-            verdict = checks.rules.verdict(prompt, reply)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 for member in self._chains[policy.digest]:
