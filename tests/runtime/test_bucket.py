@@ -20,7 +20,7 @@ from trace_ray.cli import app
 from trace_ray.config import load_config
 from trace_ray.data.s3 import S3Access
 from trace_ray.errors import AuditError, BusyError, ConfigError, StateError
-from trace_ray.rollout.parallel import keep_result, kept_results
+from trace_ray.rollout.parallel import READ_TOO, keep_result, kept_results
 from trace_ray.runtime.audit_log import CHAIN, HEAD, AuditLog
 from trace_ray.runtime.bucket import Bucket, up_to_date
 from trace_ray.runtime.fleet_journal import FleetState
@@ -76,11 +76,12 @@ def never(out: Path) -> None:
 def test_a_result_whose_files_are_in_the_bucket_alone_is_kept_and_fetched(store, bucket):
     scores, adapter = (store.stage(name, {}, one_file()).path for name in ("score", "train"))
     kept = {"scores_path": str(scores / "deep"), "adapter_path": str(adapter / "deep")}
-    config = SimpleNamespace(models=[SimpleNamespace(name="one")])
-    inputs: Any = SimpleNamespace(store=store, config=config, run_id="r")
+    config = SimpleNamespace(models=[SimpleNamespace(name="one")], oracle=None, judge=None)
+    policy = SimpleNamespace(digest="p")
+    inputs: Any = SimpleNamespace(store=store, config=config, policy=policy, run_id="r")
     keep_result(inputs, "one", kept)
     shutil.rmtree(Path(bucket.root, "stages"))
-    assert kept_results(inputs) == {"one": kept}
+    assert kept_results(inputs) == {"one": kept | {READ_TOO: []}}
     assert (scores / "deep" / "a.txt").exists(), "a report reads it"
     assert not adapter.exists(), "and not this one"
     bucket.remove(adapter)

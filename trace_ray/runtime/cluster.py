@@ -32,6 +32,9 @@ LEAN_IMPORTS = "trace_ray.runtime.worker_start.lean_imports"
 ENDS_WITHIN_S = 30
 """How long a pipeline's scheduling thread may take over its last step."""
 
+ASKS_RAY, FOLLOWS_WITHIN_S = ("ray-data-metadata-prefetch", "triage-log"), 10
+"""Names of the threads beside it that ask Ray, and how long they may take to notice that it ended."""
+
 
 @contextmanager
 def connected() -> Iterator[None]:
@@ -81,10 +84,10 @@ def connected() -> Iterator[None]:
 
 
 def _end_ray_data() -> None:
-    """Wait for the scheduling threads of pipelines that were cut short.
+    """Wait for the threads of pipelines that were cut short.
 
-    Ray Data waits two seconds for such a thread; one that then calls Ray after ``ray.shutdown``
-    ends the whole process with status 1, in silence.
+    Ray Data waits two seconds for the one that schedules; one that then calls Ray after
+    ``ray.shutdown`` ends the whole process with status 1, in silence.
     """
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
@@ -92,6 +95,9 @@ def _end_ray_data() -> None:
         if isinstance(thread, StreamingExecutor):
             thread.shutdown(force=True)
             thread.join(timeout=ENDS_WITHIN_S)
+    for thread in threading.enumerate():
+        if thread.name in ASKS_RAY:
+            thread.join(timeout=FOLLOWS_WITHIN_S)
 
 
 def _joins() -> bool:
