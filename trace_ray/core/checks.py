@@ -1,22 +1,17 @@
 """Machine-checkable rules of a policy's clauses, and the verdict they give on a reply.
 
-Text is matched case-insensitively and typographic quotes count as plain ones. Phrases stand on
-word boundaries; any run of white space in them matches any other. What is found in a text as its
-reader sees it counts as what is found in it as it is written: a character that draws nothing hides no
-word.
+How patterns and phrases are looked for in a text is ``search``'s.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from trace_ray.core.prefilter import folded, may_match, required_words
-from trace_ray.core.visible import visible
+from trace_ray.core.search import find, found_in_prompt, has_phrase, plain
 from trace_ray.types import Label, Prompt, Verdict
 
 if TYPE_CHECKING:
@@ -26,8 +21,6 @@ FORM = 3
 """Raised where the same checks judge otherwise than before: older verdicts are not used for them."""
 MAX_CHARS = 100_000
 """A longer prompt or reply is unjudged: patterns are searched in texts of bounded length only."""
-
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "\u00a0": " "})
 
 
 def _compiles(pattern: str) -> str:
@@ -81,8 +74,8 @@ class When(PolicyPart):
 
     def matches(self, prompt: str, response: str) -> bool:
         """Return whether the exchange meets the condition (both texts already plain)."""
-        return (self.regex is None or _find(self.regex, response) is not None) and (
-            self.prompt_regex is None or _prompt_matches(self.prompt_regex, prompt)
+        return (self.regex is None or find(self.regex, response) is not None) and (
+            self.prompt_regex is None or found_in_prompt(self.prompt_regex, prompt)
         )
 
 
@@ -198,7 +191,7 @@ class PolicyRules:
 
     def violated(self, prompt: Prompt, response: str) -> tuple[str, ...]:
         """Return the ids of every clause whose checks ``response`` fails, in tier order."""
-        texts = _plain(_last_user_turn(prompt)), _plain(response)
+        texts = plain(_last_user_turn(prompt)), plain(response)
         return tuple(clause.id for clause, _ in self._violations(*texts))
 
     def applicable(self, prompt: Prompt, response: str) -> list[Clause]:
@@ -217,7 +210,7 @@ class PolicyRules:
         asked = _last_user_turn(prompt)
         if max(len(response), len(asked)) > MAX_CHARS:
             return None
-        return _plain(asked), _plain(response)
+        return plain(asked), plain(response)
 
     def _violations(self, asked: str, reply: str) -> Iterator[tuple[Clause, str]]:
         for clause in self.checked:
@@ -306,80 +299,33 @@ def _last_user_turn(prompt: Prompt) -> str:
     return "\n".join(reversed(said))
 
 
-def _plain(text: str) -> str:
-    return text if text.isascii() else text.translate(_QUOTES)
-
-
-Prepared = tuple[re.Pattern[str], tuple[str, ...]]
-"""A pattern, and words of which a text holds one where the pattern is found."""
-
-
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> Prepared:
-    pattern = _plain(pattern)  # the texts are
-    return re.compile(pattern, re.IGNORECASE), required_words(pattern)
-
-
-@lru_cache(maxsize=4096)
-def _phrase(phrase: str) -> Prepared:
-    words = r"\s+".join(re.escape(word) for word in _plain(phrase).split())
-    return _compiled(rf"(?<!\w){words}(?!\w)")
-
-
-def _search(prepared: Prepared, text: str) -> re.Match[str] | None:
-    pattern, words = prepared
-    found = pattern.search(text) if may_match(words, folded(text)) else None
-    if found is None and (seen := _seen(text)) is not text:
-        return pattern.search(seen)
-    return found
-
-
-_seen = lru_cache(maxsize=64)(visible)
-
-
-@lru_cache(maxsize=64)
-def _find(pattern: str, text: str) -> re.Match[str] | None:
-    """Several clauses ask the same of one reply."""
-    return _search(_compiled(pattern), text)
-
-
-@lru_cache(maxsize=16_384)
-def _prompt_matches(pattern: str, prompt: str) -> bool:
-    """Several clauses ask the same of one prompt, and both replies of a batch of pairs do."""
-    return _find(pattern, prompt) is not None
-
-
-def _has(phrase: str, text: str) -> bool:
-    return _search(_phrase(phrase), text) is not None
-
-
 def _included(phrases: PhraseSet | None, text: str) -> str | None:
     if phrases is None:
         return None
-    if phrases.any and not any(_has(phrase, text) for phrase in phrases.any):
+    if phrases.any and not any(has_phrase(phrase, text) for phrase in phrases.any):
         return f"includes none of {_quoted(phrases.any)}"
-    missing = [phrase for phrase in phrases.all or () if not _has(phrase, text)]
+    missing = [phrase for phrase in phrases.all or () if not has_phrase(phrase, text)]
     return f"doesn't include {_quoted(missing)}" if missing else None
 
 
 def _not_included(phrases: PhraseSet | None, text: str) -> str | None:
     if phrases is None:
         return None
-    present = [phrase for phrase in phrases.any or () if _has(phrase, text)]
+    present = [phrase for phrase in phrases.any or () if has_phrase(phrase, text)]
     if present:
         return f"includes {_quoted(present)}"
-    if phrases.all and all(_has(phrase, text) for phrase in phrases.all):
+    if phrases.all and all(has_phrase(phrase, text) for phrase in phrases.all):
         return f"includes all of {_quoted(phrases.all)}"
     return None
 
 
 def _matched(must: tuple[str, ...], must_not: tuple[str, ...], text: str) -> str | None:
     for pattern in must_not:
-        match = _find(pattern, text)
+        match = find(pattern, text)
         if match is not None:
             return f"{_short(match.group())!r} is matched by must_not_match"
     for pattern in must:
-        if _find(pattern, text) is None:
+        if find(pattern, text) is None:
             return f"nothing is matched by must_match {_short(pattern)!r}"
     return None
 

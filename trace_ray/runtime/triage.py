@@ -147,6 +147,13 @@ def _with_prompt_key(table: Any) -> Any:
     return table.append_column("prompt_key", pa.array(keys))
 
 
+def _by_prompt(rows: Any, n_blocks: int) -> Any:
+    """Return the dataset with the rows of one prompt side by side, in at most ``n_blocks`` blocks."""
+    # Left to itself Ray Data sorts into 200, of however few rows.
+    rows.context.default_hash_shuffle_parallelism = n_blocks
+    return rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
+
+
 def triage_pairs(
     pairs: Path,
     out: Path,
@@ -188,9 +195,7 @@ def triage_pairs(
 
     rows = ray.data.read_parquet(place(pairs), override_num_blocks=n_blocks, **there)
     if spec.kind != "rules":
-        # Left to itself Ray Data sorts into 200 blocks, of however few rows.
-        rows.context.default_hash_shuffle_parallelism = n_blocks
-        rows = rows.map_batches(_with_prompt_key, batch_format="pyarrow").sort("prompt_key")
+        rows = _by_prompt(rows, n_blocks)
     triaged = rows.map_batches(
         TriageBatch,
         fn_constructor_args=(spec, store, Counting(tally)),
