@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from trace_ray.errors import ModelError
+from trace_ray.locks import locked
 from trace_ray.models.families import FAMILIES, complete_tokenizer, family_of, read_config
 from trace_ray.types import content_digest
 
@@ -293,7 +294,7 @@ def _publish(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
     final = cache / name
     if final.exists():
         return final
-    with _locked(cache / f".{name}.lock"):
+    with locked(cache / f".{name}.lock"):
         if final.exists():
             return final
         draft = cache / f".{name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:6]}"
@@ -307,20 +308,6 @@ def _publish(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return final
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file lock while the same work would otherwise be done twice at once.
-
-    The lock only saves work: publishing by rename stays right where a file system has no locks.
-    """
-    import fcntl
-
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _check_directory(reference: str, path: Path) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from trace_ray.core.promotion import AliasMove
 from trace_ray.errors import RegistryError
+from trace_ray.locks import locked
 from trace_ray.models.adapters import CONFIG, WEIGHTS, adapter_sha256, write_meta
 from trace_ray.models.fingerprint import FINGERPRINT
 from trace_ray.runtime.adapter_cache import fetch_adapter
@@ -352,9 +353,5 @@ class Registry:
         if self._file is None:
             yield
             return
-        import fcntl
-
-        with self._file.with_suffix(".lock").open("w") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self._file.with_suffix(".lock")):
             yield

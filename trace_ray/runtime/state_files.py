@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from trace_ray.locks import locked
 from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.store import write_text
 
@@ -140,9 +140,7 @@ class FolderFiles:
     def guarded(self) -> Iterator[None]:
         """See ``StateFiles``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / GUARD).open("w") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.folder / GUARD):
             yield
 
 

@@ -6,9 +6,7 @@ that a slow hash would protect nothing more.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import hashlib
 import hmac
 import json
@@ -16,13 +14,13 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from trace_ray.errors import ConfigError
+from trace_ray.locks import locked
 
 
 class Role(StrEnum):
@@ -165,7 +163,7 @@ def add_key(path: Path, name: str, role: Role) -> tuple[str, KeyRecord]:
     """Add a new key to a file and return it with its record."""
     key, record = new_key(name, role)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
+    with locked(_lock_of(path)):
         _write(path, {**read_keys(path), record.id: record})
     return key, record
 
@@ -178,7 +176,7 @@ def revoke_key(path: Path, key_id: str) -> KeyRecord:
     """
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file of keys")
-    with _alone(path):
+    with locked(_lock_of(path)):
         records = read_keys(path)
         if key_id not in records:
             raise ConfigError(f"{path}: has no key {key_id!r}")
@@ -187,16 +185,9 @@ def revoke_key(path: Path, key_id: str) -> KeyRecord:
     return records[key_id]
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep other commands from the file: one that had read it before would undo what this one does."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+def _lock_of(path: Path) -> Path:
+    """Return what keeps other commands from a file: one that has read it would undo what this one does."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _write(path: Path, records: dict[str, KeyRecord]) -> None:

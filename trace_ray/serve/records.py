@@ -194,7 +194,8 @@ class RecordWriter:
         return isinstance(value, str) and len(value) > self.text_chars
 
     def _open(self) -> BinaryIO:
-        stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.{time.time_ns() % 10**9:09d}"
+        seconds, ns = divmod(time.time_ns(), 10**9)
+        stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}.{ns:09d}"
         name = f"{_DRAFT}{stamp}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self._draft = self._folder / name
         self._rows, self._opened = 0, time.monotonic()
