@@ -7,6 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
+from trace_ray.errors import ConfigError, ModelError, TraceRayError
 from trace_ray.rollout.judging import prepared_judge, verdict_store
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.runtime.progress import Reporter
@@ -97,6 +98,33 @@ def test_another_threshold_fits_no_judge_and_asks_nothing_again(folder, cluster)
     assert card.n_test == measured.n_test
     by_policy, _ = opened()
     assert by_policy.digest != spec.digest
+
+
+def test_labels_of_clauses_that_the_policy_lacks_are_told_of_by_clause(folder, capsys):
+    def write(*clauses):
+        rows = [
+            {"prompt": f"{i}?", "response": "foo", "verdict": "violates", "clause": clause}
+            for i, clause in enumerate(clauses)
+        ]
+        (folder / "clauses.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def said(**judge):
+        judge |= {"model": str(folder / "missing"), "labels": "clauses.jsonl"}
+        path = config(folder, "clauses.yaml", **judge)
+        with pytest.raises(TraceRayError) as error:  # at the latest: there is no such model
+            prepared_judge(read_inputs(str(path)), Reporter(None, "judge"))
+        return error.value, capsys.readouterr().err
+
+    write("no-foo", "old", "older", "old")
+    error, warned = said(granularity="clause")
+    assert "warning: the judge's labels: 3 of 4 name a clause that policy p 1 doesn't" in warned
+    assert "(old, older)" in warned
+    assert isinstance(error, ModelError)
+    assert said()[1] == said(granularity="clause", adapter=None)[1] == ""
+    write("old", "old")
+    error, _ = said(granularity="clause")
+    assert isinstance(error, ConfigError)
+    assert "2 of 2 name a clause" in str(error)
 
 
 def test_what_cannot_be_distilled_is_said(folder, cluster):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from trace_ray.runtime.verdict_store import CLAUSES, HUMAN, VerdictStore
 from trace_ray.types import LabelledResponse, Verdict, content_digest
 
 _REGISTERED = "models:/"
+_SHOWN = 10
+"""Clause ids that a message names, at most."""
 
 
 def verdict_store(inputs: Inputs) -> VerdictStore:
@@ -158,6 +161,8 @@ def _prepared_vllm(
         raise JudgeError(
             "judge.adapter: 'auto' fits the judge on labelled responses: name a file in judge.labels"
         )
+    if config.adapter == "auto" and config.granularity == "clause":
+        _require_known_clauses(inputs.policy, labels)
     source = resolve_model(str(config.model), config.revision, inputs.store.models)
     given, known = config.adapter_folder, None
     if config.adapter and config.adapter.startswith(_REGISTERED):
@@ -200,6 +205,28 @@ def _prepared_vllm(
         return spec, card
     needs = spec.needs.and_folders(str(stage.path))
     return dataclasses.replace(spec, adapter_dir=str(stage.path / "adapter"), needs=needs), card
+
+
+def _require_known_clauses(policy: Policy, labels: Sequence[LabelledResponse]) -> None:
+    """Tell, on stderr, of labels that no question about a clause can be made of.
+
+    Raises:
+        ConfigError: there are no others.
+    """
+    known = {clause.id for clause in policy.clauses}
+    lost = [row.clause for row in labels if row.clause and row.clause not in known]
+    if not lost:
+        return
+    names = list(dict.fromkeys(lost))
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    why = (
+        f"the judge's labels: {len(lost)} of {len(labels)} name a clause that policy {policy.id} "
+        f"{policy.version} doesn't have ({shown}): a judge by clause can't learn from them; write the "
+        "policy's own ids in their 'clause', or drop them"
+    )
+    if len(lost) == len(labels):
+        raise ConfigError(why)
+    print(f"warning: {why}", file=sys.stderr)
 
 
 def distilled_as(config: JudgeConfig) -> str:
