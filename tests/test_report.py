@@ -44,5 +44,9 @@ def test_an_oracle_that_failed_is_in_the_triage_line():
     assert line is not None
     assert "2 of 5 punish pairs corrected, the rest by NPO" in line
     assert line.endswith("; oracle failed at 3: the endpoint answers 500")
-    report["corrections"]["failed"] = {}
-    assert "failed" not in str(triage_line(report))
+    report["corrections"] |= {"failed": {}, "unanswered": {"oracle": 0, "judge": 2}}
+    line = str(triage_line(report))
+    assert "failed" not in line
+    assert line.endswith("; 2 of the rest got no answer (the judge at 2): the next run asks again")
+    report["corrections"]["unanswered"] = {"oracle": 0, "judge": 0}
+    assert "no answer" not in str(triage_line(report))

@@ -36,20 +36,28 @@ def row(number: int, category: Category) -> TriagedPair:
     return TriagedPair(pair, category, Verdict(Label.VIOLATES, 1.0, "test"))
 
 
-ROWS = [row(0, Category.PUNISH), row(1, Category.INVERT), row(2, Category.PUNISH)]
+ROWS = [row(number, Category.PUNISH) for number in range(3)]
 
 
 def test_the_first_reply_the_judge_accepts_is_taken_and_the_rest_stays_punish():
-    candidates = [["upgrade!", "It is free.", "It costs 3."], ["please upgrade", "  "]]
-    found, accepted = correct(ROWS, candidates, rule_judge(POLICY).build().verdicts)
-    assert accepted == 1
-    first, second, third = found
+    candidates = [["upgrade!", "It is free.", "It costs 3."], ["please upgrade", "  "], "refused"]
+    found, down = correct(ROWS, candidates, rule_judge(POLICY).build().verdicts)
+    assert (list(found), down) == ([ROWS[0].pair_id], set())
+    first = found[ROWS[0].pair_id]
     assert first.category is Category.INVERT
     assert (first.pair.chosen, first.pair.rejected) == ("upgrade 0", "It is free.")
     assert ROWS[0].pair_id in first.pair.source
     assert first.verdict_rejected is not None
     assert first.verdict_rejected.label is Label.COMPLIES
-    assert [second, third] == ROWS[1:]
+
+
+def test_a_reply_that_the_judge_was_down_at_leaves_its_row_open_unless_another_is_accepted():
+    def verdicts(asked):
+        lost = Verdict.unjudged("j", "unreached: the endpoint answers 503")
+        return [Verdict(Label.COMPLIES, 0.1, "j") if e.response == "b" else lost for e in asked]
+
+    found, down = correct(ROWS, [["a", "b"], ["a"], []], verdicts)
+    assert (list(found), down) == ([ROWS[0].pair_id], {ROWS[1].pair_id})
 
 
 def test_replies_from_a_file(tmp_path):
@@ -58,7 +66,7 @@ def test_replies_from_a_file(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts = [ROWS[0].pair.prompt, ROWS[2].pair.prompt]
     config = FileOracle(kind="file", path=str(path))
-    assert write_replies(config, POLICY, prompts, tmp_path) == ([["a", "b"], []], {})
+    assert write_replies(config, POLICY, prompts, tmp_path) == [["a", "b"], []]
     path.write_text('{"prompt": "q0"}\n')
     with pytest.raises(DataError, match=r"replies\.jsonl:1: response"):
         write_replies(config, POLICY, prompts, tmp_path)
@@ -75,11 +83,10 @@ def test_replies_from_an_engine(cluster, tmp_path):
         engine=EngineConfig(max_model_len=256),
     )
     long = (Message("user", "x" * 400),)
-    found, failed = run_alone(
+    found = run_alone(
         config.resources, write_replies, config, POLICY, [ROWS[0].pair.prompt, long], tmp_path
     )
     assert [len(texts) for texts in found] == [3, 0]
-    assert failed == {}
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -133,9 +140,9 @@ def endpoint():
 def test_replies_from_an_endpoint(endpoint, tmp_path):
     """One that asks for no key, as local servers do; a prompt it fails at costs that row alone."""
     prompts = [ROWS[0].pair.prompt, (Message("user", "too long"),), ROWS[2].pair.prompt]
-    found, failed = write_replies(endpoint, POLICY, prompts, tmp_path)
-    assert found == [["0?", "1?"], [], ["0?", "1?"]]  # half a character can't be stored
-    assert failed == {"the endpoint answers 400": 1}
+    found = write_replies(endpoint, POLICY, prompts, tmp_path)
+    written = ["0?", "1?"]  # half a character can't be stored
+    assert found == [written, "the endpoint answers 400", written]
     asked = Endpoint.calls[-1]["messages"]
     assert "No upsell." in asked[0]["content"]
     assert asked[-1] == {"role": "user", "content": "q2"}

@@ -16,19 +16,22 @@ FLEET = Reporter(None, "fleet")
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Says Yes to all, but for replies that hold one of the server's ``down``."""
+    """Judges and writes: Yes to all but ``fixed``; down at what holds one of the server's ``down``."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        asked = body["messages"][-1]["content"]
+        asked = f"{body['model']}: {body['messages'][-1]['content']}"
         self.server.asked.append(asked)
         down = any(word in asked for word in self.server.down)
-        message = {"role": "assistant", "content": "Yes"}
+        content = f"fixed {asked[-2]}" if body["model"] == "writer" else "Yes"
+        content = "No" if "fixed" in asked else content
+        message = {"role": "assistant", "content": content}
         choices = [{"index": 0, "finish_reason": "stop", "message": message}]
         row = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
         data = json.dumps({} if down else row | {"choices": choices}).encode()
         self.send_response(503 if down else 200)
         self.send_header("content-type", "application/json")
+        self.send_header("retry-after-ms", "1")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -50,8 +53,8 @@ def server():
 
 
 @pytest.fixture
-def triaged(server, tmp_path, cluster):
-    """Triage two pairs as a run would; return the rows, and how many questions it took."""
+def ran(server, tmp_path, cluster):
+    """Do a run's triage of two pairs."""
     policy = {"id": "p", "version": "1", "clauses": [{"id": "c", "text": "Be kind."}]}
     (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
     pairs = [{"prompt": f"{i}?", "chosen": f"{i} good", "rejected": f"{i} bad"} for i in "ab"]
@@ -64,14 +67,24 @@ def triaged(server, tmp_path, cluster):
         "models": [{"name": "one", "base": "nowhere"}],
         "storage": str(tmp_path / "storage"),
     }
-    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config))
 
-    def run():
+    def run(**more):
         server.asked.clear()
+        (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config | more))
         inputs = read_inputs(str(tmp_path / "fleet.yaml"))
         found = triage_all(inputs, read_pairs(inputs, FLEET)[0], FLEET)
         inputs.store.run_dir(inputs.run_id).joinpath("report.json").write_text("{}")
-        return found.rows.counts(), len(server.asked)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def triaged(server, ran):
+    """Triage two pairs as a run would; return the rows, and how many questions it took."""
+
+    def run():
+        return ran().rows.counts(), len(server.asked)
 
     return run
 
@@ -93,3 +106,33 @@ def test_a_judge_that_says_nothing_at_all_stops_the_run(server, triaged):
         triaged()
     server.down = ()
     assert triaged()[0]["punish"] == 2
+
+
+def test_corrections_that_nobody_wrote_or_judged_are_asked_for_by_the_next_run(server, ran):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    oracle = {"kind": "openai", "model": "writer", "base_url": url, "attempts": 1}
+    with_oracle = {"oracle": oracle, "training": {"objective": "trace_oracle"}}
+
+    def run():
+        found = ran(**with_oracle)
+        asked = {(text.split(":")[0], "fixed" in text) for text in server.asked}
+        return found.corrections, found.trained.counts(), found.folder, asked
+
+    server.down = ("writer: b?", "fixed a")
+    counts, trained, first, _ = run()
+    assert (counts["asked"], counts["accepted"], trained["punish"]) == (2, 0, 2)
+    assert counts["failed"] == {"unreached: the endpoint answers 503": 1}
+    assert counts["unanswered"] == {"oracle": 1, "judge": 1}
+
+    again, _, folder, asked = run()
+    assert (again, folder) == (counts, first)  # so nothing is trained anew
+    assert asked == {("writer", False), ("m", True)}
+    assert all(text.endswith("b?") for text in server.asked if text.startswith("writer"))
+
+    server.down = ()
+    counts, trained, second, _ = run()
+    assert (counts["accepted"], trained["punish"], trained["invert"]) == (2, 0, 2)
+    assert (counts["failed"], counts["unanswered"]) == ({}, {"oracle": 0, "judge": 0})
+    assert len(server.asked) == 3  # b's reply, and a verdict on each
+    assert second != first
+    assert run()[2:] == (second, set())

@@ -16,6 +16,7 @@ from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.conflicts import prepare
 from trace_ray.rollout.judging import people_said, prepared_judge, verdict_store
 from trace_ray.rollout.plan import Inputs, data_digest
+from trace_ray.rollout.unanswered import is_resumed, key_after, note_open
 from trace_ray.runtime.cluster import near_these_files
 from trace_ray.runtime.judge_card import JudgeCard, require_auc
 from trace_ray.runtime.judges import JudgeSpec
@@ -27,8 +28,6 @@ from trace_ray.types import Category
 
 PAIRS, TRIAGE = "pairs", "triage"
 """The stages of a fleet that the store keeps."""
-OPEN = "open.json"
-"""How many pairs of a triage nobody answered for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Triaged:
     judge: JudgeSpec | None = None
     """Who triaged; None for ``sft``."""
     corrections: dict[str, Any] | None = None
-    """How many PUNISH pairs the oracle was asked for, how many replies were accepted, which failed."""
+    """What came of the PUNISH pairs that an oracle was asked for; as in ``conflicts.Prepared``."""
 
 
 def pairs_key(inputs: Inputs) -> dict[str, Any]:
@@ -70,9 +69,7 @@ def triage_key(inputs: Inputs, pairs: StageResult, spec: JudgeSpec) -> dict[str,
         "people": people_said(inputs),
         "version": __version__,
     }
-    while (done := inputs.store.find(TRIAGE, key)) is not None and _is_open(inputs, done):
-        key |= {"after": done.path.name}
-    return key
+    return key_after(inputs, TRIAGE, key)
 
 
 def earned_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]:
@@ -145,8 +142,7 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
         log = functools.partial(reports.log_triage, inputs)
         triage_pairs(pairs.path / "pairs.parquet", out / "rows", spec, verdicts, fleet, log)
         _require_verdicts(TriagedRows(out / "rows"), spec)
-        write_json(out / OPEN, TriagedRows(out / "rows").n_open())
-        write_json(out / "made_by.json", inputs.run_id)
+        note_open(inputs, out, TriagedRows(out / "rows").n_open())
 
     key = triage_key(inputs, pairs, spec)
     stage = attempt(
@@ -154,7 +150,7 @@ def _triage(inputs: Inputs, pairs: StageResult, fleet: Reporter) -> Triaged:
     )
     rows = TriagedRows(stage.path / "rows")
     counts = rows.judged()
-    if stage.reused and not _is_resumed(inputs, stage):
+    if stage.reused and not is_resumed(inputs, stage):
         counts = counts.reused()
     fleet("triage", note=" ".join(f"{name} {n}" for name, n in rows.counts().items()))
     ready = prepare(inputs, rows, stage.path, spec, fleet)
@@ -173,18 +169,3 @@ def _require_verdicts(rows: TriagedRows, spec: JudgeSpec) -> None:
         raise JudgeError(
             f"judge {spec.judge_id} gave no verdict on any of {counts['pairs']} pairs: {why}"
         )
-
-
-def _is_open(inputs: Inputs, done: StageResult) -> bool:
-    """True where a triage is to be made again: nobody answered some of its questions.
-
-    The others' answers are stored. A run that goes on after it was killed keeps what it has made.
-    """
-    left = done.path / OPEN
-    return left.exists() and json.loads(left.read_text()) > 0 and not _is_resumed(inputs, done)
-
-
-def _is_resumed(inputs: Inputs, stage: StageResult) -> bool:
-    """True where this very run had made the stage and was killed before it reported."""
-    made_by = json.loads((stage.path / "made_by.json").read_text())
-    return made_by == inputs.run_id and not reports.is_written(inputs)

@@ -347,6 +347,12 @@ def triage_line(report: dict[str, Any]) -> str | None:
         line += "".join(
             f"; oracle failed at {n}: {why}" for why, n in written.get("failed", {}).items()
         )
+        left = {who: n for who, n in written.get("unanswered", {}).items() if n}
+        if left:
+            who = ", ".join(f"the {who} at {n}" for who, n in left.items())
+            line += (
+                f"; {sum(left.values())} of the rest got no answer ({who}): the next run asks again"
+            )
     return line
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from trace_ray.runtime.judges import JudgeSpec
 
 _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-_BUSY = (408, 409, 425, 429)
+BUSY = (408, 409, 425, 429)
+"""What an endpoint answers below 500 where another time it may do better."""
 _FORBIDDEN = "the endpoint answers 403"  # to a key, or to one text that a moderator holds back
 _TOP = 20  # the most alternatives the protocol allows
 
@@ -97,7 +98,7 @@ class OpenAIJudge:
                     f"{self.spec.config.model!r}: {error.message}"
                 ) from None
             why = f"the endpoint answers {error.status_code}: {error}"
-            passes = error.status_code >= 500 or error.status_code in _BUSY
+            passes = error.status_code >= 500 or error.status_code in BUSY
             return Verdict.unjudged(judge_id, f"{UNREACHED}: {why}" if passes else why)
         except (OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
             return Verdict.unjudged(judge_id, f"{UNREACHED}: {type(error).__name__}: {error}")

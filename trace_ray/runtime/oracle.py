@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,71 +11,92 @@ from trace_ray.config.oracle import FileOracle, OpenAIOracle, OracleConfig, VLLM
 from trace_ray.core.oracle_prompt import oracle_prompt
 from trace_ray.core.policy import Policy
 from trace_ray.core.triage import corrected
+from trace_ray.core.verdicts import UNREACHED, unreached
 from trace_ray.errors import ConfigError, DataError
 from trace_ray.runtime.judges import Exchange
-from trace_ray.runtime.openai_judge import storable
-from trace_ray.types import Category, Label, Prompt, TriagedPair, Verdict
+from trace_ray.runtime.openai_judge import BUSY, storable
+from trace_ray.types import Label, Prompt, TriagedPair, Verdict
 
-Replies = list[list[str]]
-"""Per prompt the candidate replies, best first; empty where the oracle gave none."""
+_PASSING = (401, 404, *BUSY)
+"""What an endpoint answers below 500 whatever the prompt is."""
+
+Replies = list[list[str] | str]
+"""Per prompt the candidate replies, best first; or why an endpoint gave none.
+
+A reason that begins with ``UNREACHED`` may pass: the next run asks for those replies again.
+"""
+
+
+def is_written(reply: list[str] | str) -> bool:
+    """Return whether a prompt is done with: it has its candidates, or is refused for what it says."""
+    return not (isinstance(reply, str) and reply.startswith(UNREACHED))
 
 
 def correct(
     rows: Sequence[TriagedPair],
-    candidates: Replies,
+    replies: Replies,
     verdicts_of: Callable[[list[Exchange]], list[Verdict]],
-) -> tuple[list[TriagedPair], int]:
+) -> tuple[dict[str, TriagedPair], set[str]]:
     """Put the first candidate that the judge accepts into each PUNISH row.
 
     Args:
-        rows: triaged rows of any category; others than PUNISH are returned as they are.
-        candidates: per PUNISH row, in their order, its candidate replies.
+        rows: PUNISH rows.
+        replies: what the oracle wrote for each.
         verdicts_of: the judge: exchanges to verdicts, called once.
 
     Returns:
-        The rows, in order, and how many were corrected; the others stay PUNISH (NPO).
+        The corrected rows, by the ids they had; the others stay PUNISH (NPO). And the ids of those of
+        the others that the judge was down at.
     """
-    punished = [row for row in rows if row.category is Category.PUNISH]
     asked = [
         (row, text)
-        for row, texts in zip(punished, candidates, strict=True)
+        for row, texts in zip(rows, replies, strict=True)
+        if not isinstance(texts, str)
         for text in dict.fromkeys(text.strip() for text in texts)
         if text and text != row.pair.chosen
     ]
     questions = [Exchange(row.pair.prompt, text) for row, text in asked]
     verdicts = verdicts_of(questions) if asked else []
     accepted: dict[str, TriagedPair] = {}
+    down = set[str]()
     for (row, text), verdict in zip(asked, verdicts, strict=True):
         if verdict.label is Label.COMPLIES and row.pair_id not in accepted:
             accepted[row.pair_id] = corrected(row, text, verdict)
-    return [accepted.get(row.pair_id, row) for row in rows], len(accepted)
+        elif unreached(verdict):
+            down.add(row.pair_id)
+    return accepted, down - accepted.keys()
 
 
 def write_replies(
-    config: OracleConfig, policy: Policy, prompts: Sequence[Prompt], models: Path
-) -> tuple[Replies, dict[str, int]]:
-    """Return candidate replies to each prompt, and how many prompts an endpoint failed at, by reason.
+    config: OracleConfig,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    models: Path,
+    n_known: int = 0,
+) -> Replies:
+    """Return candidate replies to each prompt, or why an endpoint gave none.
 
     Args:
         config: who writes them.
         policy: the new policy, which a generator reads.
         prompts: prompts of the PUNISH pairs.
         models: cache of base models.
+        n_known: how many other pairs have their replies from an earlier run.
 
     Raises:
         ConfigError: OpenAI itself is asked and its key is not set.
-        DataError: a malformed file, or an endpoint that fails at every prompt.
+        DataError: a malformed file, or an endpoint that fails at every prompt and no reply is known.
         ModelError: the generator can't be loaded.
     """
     if isinstance(config, FileOracle):
         from trace_ray.data.sources import read_replies
 
         known = read_replies(config.path)
-        return [known.get(prompt, []) for prompt in prompts], {}
+        return [known.get(prompt, []) for prompt in prompts]
     asked = [oracle_prompt(policy, prompt) for prompt in prompts]
     if isinstance(config, VLLMOracle):
-        return _from_engine(config, asked, models), {}
-    return _from_endpoint(config, asked)
+        return _from_engine(config, asked, models)
+    return _from_endpoint(config, asked, n_known)
 
 
 def _from_engine(config: VLLMOracle, asked: Sequence[Prompt], models: Path) -> Replies:
@@ -108,7 +128,7 @@ def _from_engine(config: VLLMOracle, asked: Sequence[Prompt], models: Path) -> R
     return replies
 
 
-def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt]) -> tuple[Replies, dict[str, int]]:
+def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt], n_known: int) -> Replies:
     from openai import APIStatusError, OpenAI, OpenAIError
 
     key = os.environ.get(config.api_key_env)
@@ -128,17 +148,17 @@ def _from_endpoint(config: OpenAIOracle, asked: Sequence[Prompt]) -> tuple[Repli
             )
             return [storable(choice.message.content or "") for choice in answer.choices]
         except APIStatusError as error:
-            return f"the endpoint answers {error.status_code}"
+            why, status = f"the endpoint answers {error.status_code}", error.status_code
+            return f"{UNREACHED}: {why}" if status >= 500 or status in _PASSING else why
         except (OpenAIError, ValueError, AttributeError, TypeError) as error:
             # Unreachable, or a body that is not JSON or has another shape.
-            return storable(f"{type(error).__name__}: {error}")
+            return storable(f"{UNREACHED}: {type(error).__name__}: {error}")
 
     with ThreadPoolExecutor(config.concurrency) as pool:
         answers = list(pool.map(ask, asked))
-    failed = Counter(answer for answer in answers if isinstance(answer, str))
-    if asked and failed.total() == len(asked):
+    failed = dict.fromkeys(answer for answer in answers if isinstance(answer, str))
+    if asked and not n_known and all(isinstance(answer, str) for answer in answers):
         raise DataError(
-            f"oracle: {client.base_url}: no answer to any of {len(asked)} prompts: "
-            f"{'; '.join(failed)}"
+            f"oracle: {client.base_url}: no answer to any of {len(asked)} prompts: {'; '.join(failed)}"
         )
-    return [[] if isinstance(answer, str) else answer for answer in answers], dict(failed)
+    return answers
