@@ -13,10 +13,11 @@ from trace_ray.config.oracle import VLLMOracle
 from trace_ray.errors import ConfigError
 from trace_ray.models.references import remembered_digest, resolve_model
 from trace_ray.rollout import estimate
-from trace_ray.rollout.judging import people_said, verdict_store
+from trace_ray.rollout.judging import ask, people_said, verdict_store
 from trace_ray.rollout.lineage import keep_policy, kept_policy
 from trace_ray.rollout.measuring import answering
 from trace_ray.rollout.model_job import ADAPTERS, SCORES, Deployed, ModelJob
+from trace_ray.rollout.once import earned_judge
 from trace_ray.rollout.parallel import is_live, keep_result, kept_results
 from trace_ray.rollout.plan import read_inputs
 from trace_ray.rollout.plan_file import (
@@ -27,6 +28,7 @@ from trace_ray.rollout.plan_file import (
     write_plan,
 )
 from trace_ray.rollout.planning import CHANGES, FleetPlan, ModelPlan
+from trace_ray.runtime.judges import Exchange
 from trace_ray.runtime.progress import Reporter
 from trace_ray.runtime.store import write_json
 from trace_ray.runtime.verdict_store import CLAUSES, HUMAN
@@ -243,6 +245,30 @@ def test_a_plan_holds_for_all_that_judges_oracle_and_tasks_are_made_of(job, tmp_
         before = after
     (tmp_path / "replies.jsonl").write_text('{"prompt": "q", "response": "baz"}\n')
     assert filed["oracle.path"] != now(by_file)["oracle.path"]
+
+
+def test_rules_by_clause_tell_of_the_clauses_they_leave_unjudged(job, tmp_path, capsys):
+    path = tmp_path / "policy.yaml"
+    policy = yaml.safe_load(path.read_text())
+    policy["clauses"].append({"id": "kind", "text": "Be kind.", "tier": "reduced"})
+    path.write_text(yaml.safe_dump(policy))
+    fleet = yaml.safe_load((tmp_path / "fleet.yaml").read_text())
+
+    def warned(**judge):
+        fleet["judge"] = {"kind": "rules"} | judge
+        (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+        inputs = read_inputs(str(tmp_path / "fleet.yaml"))
+        spec, _ = earned_judge(inputs, Reporter(None, "fleet"))
+        (verdict,) = ask(spec, [Exchange((Message("user", "q"),), "bar")])
+        return capsys.readouterr().err, verdict
+
+    err, verdict = warned(granularity="clause")
+    assert "warning: judge.kind: rules can't judge kind, without checks in policy p 2" in err
+    assert verdict.label is Label.UNJUDGED
+    assert "clause kind has no checks: write some, or let a model judge it" in verdict.reason
+    for judge in ({}, {"granularity": "clause", "tiers": {"reduced": 0}}):
+        err, verdict = warned(**judge)
+        assert (err, verdict.label) == ("", Label.COMPLIES)
 
 
 def say(store, policy, label, times=1):

@@ -180,7 +180,8 @@ class PolicyRules:
     def clause_verdict(self, clause: Clause, prompt: Prompt, response: str) -> Verdict:
         """Judge one reply by one clause alone; where the clause doesn't apply, the reply complies."""
         if clause.checks is None:
-            return Verdict.unjudged(self.judge_id, f"clause {clause.id} has no checks")
+            why = f"clause {clause.id} has no checks: write some, or let a model judge it (kind cascade)"
+            return Verdict.unjudged(self.judge_id, why)
         texts = self._plain_texts(prompt, response)
         if texts is None:
             return self._too_long()

@@ -84,6 +84,26 @@ def evaluation_judge(inputs: Inputs, fleet: Reporter) -> JudgeSpec | None:
     return spec
 
 
+def warn_of_unchecked(policy: Policy, config: JudgeConfig) -> None:
+    """Tell, on stderr, of clauses that rules leave replies unjudged for."""
+    if config.kind != "rules" or config.granularity != "clause":
+        return
+    unweighed = {tier for tier, n in config.tiers.items() if n == 0}
+    clauses = [
+        clause.id
+        for clause in policy.clauses
+        if clause.checks is None and clause.tier not in unweighed
+    ]
+    if clauses:
+        print(
+            f"warning: judge.kind: rules can't judge {_listed(clauses)}, without checks in policy "
+            f"{policy.id} {policy.version}: with granularity clause, replies that they apply to are "
+            "unjudged unless they violate another one. Write checks, use kind: cascade with a model "
+            "after the rules, or granularity: policy, which leaves such clauses out",
+            file=sys.stderr,
+        )
+
+
 def judged_clauses(policy: Policy, spec: JudgeSpec) -> list[str]:
     """Return the clauses on which only the judge's word says whether a reply keeps them."""
     if spec.config.granularity != "clause":
@@ -217,16 +237,19 @@ def _require_known_clauses(policy: Policy, labels: Sequence[LabelledResponse]) -
     lost = [row.clause for row in labels if row.clause and row.clause not in known]
     if not lost:
         return
-    names = list(dict.fromkeys(lost))
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     why = (
         f"the judge's labels: {len(lost)} of {len(labels)} name a clause that policy {policy.id} "
-        f"{policy.version} doesn't have ({shown}): a judge by clause can't learn from them; write the "
-        "policy's own ids in their 'clause', or drop them"
+        f"{policy.version} doesn't have ({_listed(lost)}): a judge by clause can't learn from them; write "
+        "the policy's own ids in their 'clause', or drop them"
     )
     if len(lost) == len(labels):
         raise ConfigError(why)
     print(f"warning: {why}", file=sys.stderr)
+
+
+def _listed(clauses: Sequence[str]) -> str:
+    names = list(dict.fromkeys(clauses))
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def distilled_as(config: JudgeConfig) -> str:

@@ -14,7 +14,7 @@ from trace_ray.errors import DataError, JudgeError
 from trace_ray.rollout import report as reports
 from trace_ray.rollout.attempts import attempt
 from trace_ray.rollout.conflicts import prepare
-from trace_ray.rollout.judging import people_said, prepared_judge, verdict_store
+from trace_ray.rollout.judging import people_said, prepared_judge, verdict_store, warn_of_unchecked
 from trace_ray.rollout.plan import Inputs, data_digest
 from trace_ray.rollout.unanswered import is_resumed, key_after, note_open
 from trace_ray.runtime.cluster import near_these_files
@@ -80,6 +80,7 @@ def earned_judge(inputs: Inputs, fleet: Reporter) -> tuple[JudgeSpec, JudgeCard]
     """
     spec, card = prepared_judge(inputs, fleet)
     require_auc(card, spec.config.min_auc)
+    warn_of_unchecked(inputs.policy, spec.config)
     return spec, card
 
 
