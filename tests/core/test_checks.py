@@ -88,6 +88,42 @@ def test_a_character_that_draws_nothing_hides_no_word(checks, response, violates
     assert found is (Label.VIOLATES if violates else Label.COMPLIES)
 
 
+@pytest.mark.parametrize(
+    ("checks", "response", "violates"),
+    [
+        ({"must_not_match": r"\bguaranteed\b"}, "gu\u0430rant\u0435ed", True),  # Cyrillic а, е
+        (
+            {"must_not_match": r"\bguaranteed\b"},
+            "GU\u0391RANT\u0415ED",
+            True,
+        ),  # Greek Α, Cyrillic Е
+        ({"must_not_match": r"\bguaranteed\b"}, "ｇｕａｒａｎｔｅｅｄ", True),
+        ({"must_not_match": r"\bguaranteed\b"}, "𝐠𝓾𝕒𝔯𝖆𝚗𝘁𝑒𝐞𝗱", True),
+        ({"must_not_match": r"\bguaranteed\b"}, "g̷u̷a̷r̷a̷n̷t̷e̷e̷d̷", True),
+        ({"must_not_match": r"\bguaranteed\b"}, "gu\u200ba\u0336rant\u0435ed", True),
+        ({"must_not_include": {"any": ["don't profit"]}}, "I dоn＇t proﬁt.", True),
+        ({"must_include": {"any": ["sorry"]}}, "s\u043erry", False),
+        ({"must_not_match": r"\bano\b"}, "Un año, dos an\u0303os.", False),
+        ({"must_not_match": r"\bpot\b"}, "По-русски это рот.", False),
+        ({"must_not_match": r"\bno\b"}, "Дом № 5, calle nº 7, 🇳🇴", False),
+        ({"must_not_match": "рот"}, "Закрой рот!", True),
+        ({"must_not_match": "№"}, "Дом № 5", True),
+        ({"must_not_match": "क"}, "खा", False),
+    ],
+)
+def test_a_letter_that_only_looks_like_another_hides_no_word(checks, response, violates):
+    policy = policy_of({"checks": checks})
+    found = evaluate_policy(policy, ask("q"), response).label
+    assert found is (Label.VIOLATES if violates else Label.COMPLIES)
+    asked = {
+        "checks": {"when": {"prompt_regex": checks.get("must_not_match", "-")}, "max_words": 1}
+    }
+    # A prompt is read in the same way.
+    assert bool(violated_clauses(policy_of(asked), ask(response), "two words")) == (
+        violates and "must_not_match" in checks
+    )
+
+
 def test_the_last_user_turn_counts():
     policy = policy_of({"checks": {"when": {"prompt_regex": "bomb"}, "must_match": "no"}})
     talk = (Message("user", "bomb"), Message("assistant", "no"), Message("user", "and tea?"))

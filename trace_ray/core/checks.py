@@ -17,7 +17,7 @@ from trace_ray.types import Label, Prompt, Verdict
 if TYPE_CHECKING:
     from trace_ray.core.policy import Clause, Policy
 
-FORM = 3
+FORM = 4
 """Raised where the same checks judge otherwise than before: older verdicts are not used for them."""
 MAX_CHARS = 100_000
 """A longer prompt or reply is unjudged: patterns are searched in texts of bounded length only."""

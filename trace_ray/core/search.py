@@ -2,8 +2,8 @@
 
 Text is matched case-insensitively and typographic quotes count as plain ones. Phrases stand on
 word boundaries; any run of white space in them matches any other. What is found in a text as its
-reader sees it counts as what is found in it as it is written: a character that draws nothing hides no
-word.
+reader sees it counts as what is found in it as it is written: neither a character that draws nothing
+nor a letter that only looks like another one hides a word.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from functools import lru_cache
 
 from trace_ray.core.prefilter import folded, may_match, required_words
+from trace_ray.core.skeleton import skeleton
 from trace_ray.core.visible import visible
 
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "\u00a0": " "})
@@ -56,10 +57,25 @@ def _phrase(phrase: str) -> Prepared:
 
 def _search(prepared: Prepared, text: str) -> re.Match[str] | None:
     pattern, words = prepared
-    found = pattern.search(text) if may_match(words, folded(text)) else None
-    if found is None and (seen := _seen(text)) is not text:
-        return pattern.search(seen)
+    found = pattern.search(text) if may_match(words, _folded(text)) else None
+    if found is None:
+        for form, form_folded in _read(text):
+            found = pattern.search(form) if may_match(words, form_folded) else None
+            if found is not None:
+                break
     return found
 
 
-_seen = lru_cache(maxsize=64)(visible)
+def _folded(text: str) -> str:
+    return text.lower() if text.isascii() else _folded_once(text)
+
+
+_folded_once = lru_cache(maxsize=64)(folded)
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> tuple[tuple[str, str], ...]:
+    """Return a text as its reader sees it and reads it, folded too, where that is another text."""
+    seen = visible(text)
+    forms = dict.fromkeys((seen, skeleton(seen)))
+    return tuple((form, folded(form)) for form in forms if form != text)
