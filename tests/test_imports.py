@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "trace_ray"
 LAYERS = {
     "types": 0,
     "errors": 0,
+    "host": 0,
     "locks": 0,
     "version": 0,
     "core": 1,

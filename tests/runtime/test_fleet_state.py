@@ -111,10 +111,39 @@ def test_a_holder_on_another_host_that_is_silent_is_followed(tmp_path, elsewhere
     assert lock.is_mine()
 
 
+def test_a_live_holder_in_another_container_of_this_hostname_is_not_taken_for_gone(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fleet_lock, "SILENCE_S", 0.5)
+    monkeypatch.setattr(fleet_lock, "BEAT_S", 0.1)
+    here = Holder.this_process()
+    # Its number is of no process that could be seen here.
+    there = replace(here, pid=1 << 22, space=here.space.replace("pid:[", "pid:[9"))
+    (tmp_path / "lock.json").write_text(json.dumps(asdict(there)))
+    assert there.space != here.space
+    assert not there.is_gone
+    theirs, mine = FleetLock(FolderFiles(tmp_path)), FleetLock(FolderFiles(tmp_path))
+    theirs.mine = there
+    with theirs.beating(), pytest.raises(StateError, match=f"on {here.host}, process {1 << 22}"):
+        mine.acquire()
+    assert f"took the fleet over from {there}" in (mine.acquire() or "")  # silent from now on
+
+
+def test_a_lock_of_a_version_that_did_not_write_where_it_ran_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet_lock, "SILENCE_S", 0.5)
+    row = asdict(Holder.this_process())
+    del row["space"]
+    (tmp_path / "lock.json").write_text(json.dumps(row | {"pid": 1 << 22}))
+    lock = FleetLock(FolderFiles(tmp_path))
+    holder = lock.holder()
+    assert holder is not None
+    assert not holder.is_gone  # it can't be said: its silence decides
+    assert f"process {1 << 22}" in (lock.acquire() or "")
+
+
 def test_a_process_number_used_again_is_not_the_holder(tmp_path):
     here = Holder.this_process()
-    fields = {name: getattr(here, name) for name in Holder.__slots__} | {"born": "1"}
-    assert Holder(**fields).is_gone
+    assert replace(here, born="1").is_gone
     assert here.pid == os.getpid()
     assert not here.is_gone
 

@@ -1,12 +1,14 @@
 """Storage that nothing uses anymore."""
 
 import os
+import socket
 import time
 
 import pytest
 from typer.testing import CliRunner
 
 from trace_ray.cli import app
+from trace_ray.host import host_mark
 from trace_ray.runtime.fleet_lock import FleetLock
 from trace_ray.runtime.stale import find_stale
 from trace_ray.runtime.state_files import FolderFiles
@@ -36,6 +38,18 @@ def test_only_what_was_not_used_for_so_long_is_stale_and_use_renews_it(store):
     assert store.find("old", {"of": "old"}) is not None
     assert find_stale(store, HOUR, {kept}) == []
     assert new.exists()
+
+
+def test_a_draft_of_another_container_of_this_hostname_is_not_taken_for_abandoned(store):
+    stage = store.folder("scores", {"of": "scores"})
+    dead, there = (
+        stage.with_name(f"{stage.name}.tmp-{mark}-99999999-abcdef")
+        for mark in (host_mark(), f"{socket.gethostname()}.0123abcd")
+    )
+    dead.mkdir(parents=True)
+    there.mkdir()
+    made(store, "scores", 0)
+    assert (dead.exists(), there.exists()) == (False, True)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trace_ray.config.serve import Records
+from trace_ray.host import host_mark
 from trace_ray.serve.harvest import harvest
 from trace_ray.serve.records import RecordWriter, Redactor, read_records
 
@@ -56,22 +57,29 @@ def test_a_writer_is_kept_for_the_settings_it_has(tmp_path: Path) -> None:
 def test_drafts_that_nobody_goes_on_with_are_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, lives = os.uname().nodename, os.getpid()
-    writers = (f"another-host-{lives}", f"another-{here}-99999999", f"{here}-99999999")
+    here, name, lives = host_mark(), os.uname().nodename, os.getpid()
+    # The last one is in another container of this hostname, where that number may well live.
+    writers = (
+        f"another-host-{lives}",
+        f"another-{here}-99999999",
+        f"{here}-99999999",
+        f"{name}.0123abcd-99999999",
+    )
     for n, writer in enumerate(writers):
         draft = tmp_path / f".decisions-20260101T000000.000000000-{writer}-abcdef.jsonl"
         draft.write_text(f'{{"n": {n}}}\n')
     writer = RecordWriter(str(tmp_path), Records())
     assert [row["n"] for row in read_records(tmp_path)] == [2]  # dead, on this host
-    writer.write({"n": 3})
-    for draft in tmp_path.glob(".decisions-*another*"):
-        os.utime(draft, (time.time() - 4000,) * 2)
+    left = list(tmp_path.glob(".decisions-*"))
+    writer.write({"n": 4})
+    for draft in left:
+        os.utime(draft, (time.time() - 4000, time.time() - 4000))
     monkeypatch.setattr(time, "monotonic", lambda: writer._opened + 200)
     writer.tidy(close=False)
     assert [row["n"] for row in read_records(tmp_path)] == [2]  # not at every look
     monkeypatch.setattr(time, "monotonic", lambda: writer._opened + 1000)
     writer.tidy(close=False)
-    assert {row["n"] for row in read_records(tmp_path)} == {0, 1, 2, 3}
+    assert {row["n"] for row in read_records(tmp_path)} == {0, 1, 2, 3, 4}
     assert not list(tmp_path.glob(".decisions-*"))
 
 

@@ -2,8 +2,9 @@
 
 The lock is a file that is made only where there is none, so two machines that share a storage can't
 both make it. A holder on the same host whose process is gone has lost it. One on another host (or in
-another pod) can't be looked at: it touches the file every ``BEAT_S``, and has lost it after ``SILENCE_S``
-without a touch, counted by the clock of whoever waits, so that no two hosts' clocks are compared.
+another pod or container, whatever its hostname) can't be looked at: it touches the file every
+``BEAT_S``, and has lost it after ``SILENCE_S`` without a touch, counted by the clock of whoever waits,
+so that no two hosts' clocks are compared.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trace_ray.errors import StateError
+from trace_ray.host import is_here, pid_space
 from trace_ray.runtime.state_files import StateFiles
 
 LOCK = "lock.json"
@@ -53,13 +55,15 @@ class Holder:
     since: str
     token: str
     """Differs for every acquisition."""
+    space: str = ""
+    """What its number means something within (``host.pid_space``)."""
 
     @classmethod
     def this_process(cls) -> Holder:
         """Return a new holder for the running process."""
         pid = os.getpid()
         host, born = socket.gethostname(), _born(pid) or ""
-        return cls(host, pid, born, user_name(), now(), uuid.uuid4().hex)
+        return cls(host, pid, born, user_name(), now(), uuid.uuid4().hex, pid_space())
 
     def __str__(self) -> str:
         return f"{self.user} on {self.host}, process {self.pid}, since {self.since}"
@@ -67,7 +71,12 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether its process, on this host, has ended; False for other hosts."""
-        return self.host == socket.gethostname() and _born(self.pid) != self.born
+        return self.is_here and _born(self.pid) != self.born
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on this host, so that its process can be looked at."""
+        return is_here(self.host, self.space)
 
 
 def _born(pid: int) -> str | None:
@@ -90,7 +99,7 @@ class Silence:
     def is_over_limit(self, holder: Holder) -> bool:
         """Whether a holder on another host has not touched the lock for ``SILENCE_S`` of our looks."""
         touched = self.files.touched(LOCK)
-        if touched != self.seen or holder.host == socket.gethostname():
+        if touched != self.seen or holder.is_here:
             self.seen, self.since = touched, time.monotonic()
         return time.monotonic() - self.since > SILENCE_S
 
@@ -171,7 +180,7 @@ class FleetLock:
     def _silent_holder(self) -> Holder | None:
         """Return the holder if it is on another host and shows no sign of life."""
         other = self.holder()
-        if other is None or other.host == socket.gethostname():
+        if other is None or other.is_here:
             return None
         first, waited_from = self.files.touched(self.name), time.monotonic()
         while time.monotonic() - waited_from < SILENCE_S:

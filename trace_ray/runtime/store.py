@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 from trace_ray.config import FleetConfig
 from trace_ray.data.shards import drafted
 from trace_ray.errors import StateError
+from trace_ray.host import host_mark
 from trace_ray.models.adapters import adapter_sha256
 from trace_ray.runtime.bucket import Bucket
 from trace_ray.runtime.parts import Parts
@@ -200,7 +200,7 @@ class Store:
 
 
 def _draft_mark() -> str:
-    return f".tmp-{socket.gethostname()}-"
+    return f".tmp-{host_mark()}-"
 
 
 def is_drafted_here(draft: Path) -> bool:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import socket
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 from trace_ray.config.serve import Records
 from trace_ray.errors import DataError
+from trace_ray.host import host_mark
 
 FOLDER = "records"
 """Under ``storage``."""
@@ -196,7 +196,7 @@ class RecordWriter:
     def _open(self) -> BinaryIO:
         seconds, ns = divmod(time.time_ns(), 10**9)
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}.{ns:09d}"
-        name = f"{_DRAFT}{stamp}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
+        name = f"{_DRAFT}{stamp}-{host_mark()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self._draft = self._folder / name
         self._rows, self._opened = 0, time.monotonic()
         return self._draft.open("ab", buffering=0)
@@ -210,7 +210,7 @@ class RecordWriter:
             found = _OF_DRAFT(draft.name)
             host, pid = found.groups() if found else ("", "")
             with suppress(FileNotFoundError):  # another writer was here first
-                dead = host == socket.gethostname() and not os.path.exists(f"/proc/{pid}")
+                dead = host == host_mark() and not os.path.exists(f"/proc/{pid}")
                 if dead or draft.stat().st_mtime < abandoned:
                     draft.rename(draft.with_name(draft.name.removeprefix(".")))
 
