@@ -169,6 +169,10 @@ def test_a_key_that_sends_too_fast_waits(
     assert [status for status, _, _ in found] == [200, 200, 429]
     assert 1 <= int(found[2][2]["retry-after"]) <= 60
     assert post("compliance/check", body, {"authorization": keys["admin"]})[0] == 200
+    # A deploy that changes something else gives nobody more.
+    limits = limits.model_copy(update={"max_tokens": 9})
+    _apply(config.model_copy(update={"keys": str(keys_file), "limits": limits}))
+    assert post("compliance/check", body, {"authorization": keys["use"]})[0] == 429
 
 
 @pytest.fixture

@@ -295,6 +295,20 @@ def test_keys_of_the_environment_guard_the_door(monkeypatch, tmp_path):
         Admission(Limits(), None)
 
 
+def test_a_door_with_other_settings_remembers_who_sent_how_much():
+    limits = Limits(requests_per_minute=1, burst=1, max_in_flight=1)
+    door = Admission(limits, None)
+    with door.place(None):
+        after = Admission(limits.model_copy(update={"max_tokens": 7}), None, door)
+        assert after.full  # of a request that came in before
+    assert (after.in_flight, after.limits.max_tokens) == (0, 7)
+    with pytest.raises(RequestError, match="requests per minute"), after.place(None):
+        raise AssertionError
+    more = Admission(limits.model_copy(update={"requests_per_minute": 2}), None, after)
+    with more.place(None):
+        assert more.in_flight == 1
+
+
 def test_records_are_whole_files_without_texts_unless_allowed(tmp_path):
     writer = RecordWriter(str(tmp_path), Records(rows=2))
     writer.write({"n": 1}, {"response": "secret"})

@@ -18,15 +18,18 @@ from trace_ray.serve.requests import RequestError
 class Admission:
     """The door of one ingress."""
 
-    def __init__(self, limits: Limits, keys: str | None) -> None:
-        """Take the limits and the file of keys.
+    def __init__(self, limits: Limits, keys: str | None, before: Admission | None = None) -> None:
+        """Take the limits, the file of keys, and the door that this one takes the place of.
+
+        Who came in there, and how much each key sent, still counts.
 
         Raises:
             ConfigError: the file can't be used.
         """
         self.limits = limits
         self._keys = Keys(keys)
-        self._limiter = Limiter(limits)
+        self._limiter = Limiter(limits) if before is None else before._limiter
+        self._limiter.change(limits)
 
     @property
     def in_flight(self) -> int:

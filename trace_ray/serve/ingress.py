@@ -131,7 +131,8 @@ class Ingress(DescribedRoute, DashboardRoutes):
             name: Police(ComplianceTable.model_validate(row), self._engines.judge)
             for name, row in user_config["compliance"].items()
         }
-        self._door = Admission(Limits.model_validate(user_config["limits"]), user_config["keys"])
+        limits, before = Limits.model_validate(user_config["limits"]), getattr(self, "_door", None)
+        self._door = Admission(limits, user_config["keys"], before)
         self._max_model_len: int = user_config["max_model_len"]
         folder, settings = user_config["records_folder"], user_config["records"]
         # One that goes on as it was stays: requests under way hold it.

@@ -22,6 +22,13 @@ class Limiter:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self.in_flight = 0
 
+    def change(self, limits: Limits) -> None:
+        """Go by other limits from now on; buckets of the same rate and size stay as they are."""
+        old = self._limits
+        if (old.requests_per_minute, old.burst) != (limits.requests_per_minute, limits.burst):
+            self._buckets.clear()
+        self._limits = limits
+
     @contextmanager
     def admitted(self, key: str, now: float) -> Iterator[None]:
         """Hold a place among the requests in flight.
