@@ -296,6 +296,7 @@ def test_bad_gold_is_named(base, files):
         (["--method", "guess"], "trace-ray score: impact.method"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--model", "nowhere"], "nowhere"),
+        (["--max-length", 1025], "--max-length: 1025 tokens are more than"),
         (["--lora-targets", "q_proj,,v_proj"], "(--lora-targets): ''"),
         (["--lora-targets", "q_proj,foo"], "(--lora-targets): 'foo'"),
         (["--lora-targets", ""], "(--lora-targets): ''"),

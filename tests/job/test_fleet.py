@@ -256,6 +256,9 @@ def test_a_model_that_can_not_fit_fails_in_the_plan_with_numbers(mended):
     config = yaml.safe_load((mended / "fleet.yaml").read_text())
     config["models"][0]["training"] = {"batch_size": 10_000_000, "max_steps": 3}
     config["models"][1]["resources"] = {"num_cpus": 4096}
+    config["models"].append(
+        config["models"][0] | {"name": "long", "training": {"max_length": 2048}}
+    )
     path = mended / "large.yaml"
     path.write_text(yaml.safe_dump(config))
     done = here("plan", path)
@@ -264,6 +267,9 @@ def test_a_model_that_can_not_fit_fails_in_the_plan_with_numbers(mended):
     assert "activations" in done.stdout
     assert "the largest node has" in done.stdout
     assert "4096 CPU asked for" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "long: models.long.training.max_length: 2048 tokens are more than" in said
+    assert "set 1024 or less" in said
 
 
 def test_lineage_names_everything_an_adapter_was_made_from(mended):

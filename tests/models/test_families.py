@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerFast
 from trace_ray.errors import ModelError
 from trace_ray.models import chat
 from trace_ray.models.chat import encode_prompt, encode_response, render_prompt, stop_token_ids
-from trace_ray.models.families import FAMILIES, PLAIN_TEMPLATE, family_of, load_tokenizer
+from trace_ray.models.families import (
+    FAMILIES,
+    PLAIN_TEMPLATE,
+    family_of,
+    load_tokenizer,
+    positions_of,
+)
 from trace_ray.types import Message
 
 MARKERS = {
@@ -177,3 +183,41 @@ def test_tokenizer_that_is_not_there(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="tokenizer can't be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
+        ({"max_position_embeddings": 8192, "model_max_length": 131_072}, 131_072),
+        ({"max_position_embeddings": 2048, "alibi": True}, 0),
+        ({"state_size": 16}, 0),
+        # Qwen 2.5 keeps the number from before the scaling, Llama 3.1 the one from after it.
+        (
+            {
+                "max_position_embeddings": 32_768,
+                "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32_768},
+            },
+            131_072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131_072,
+                "rope_parameters": {"factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131_072,
+        ),
+        (
+            {
+                "max_position_embeddings": 1000,
+                "rope_parameters": {"full": {"factor": 8.0}, "sliding": {"factor": None}},
+            },
+            8000,
+        ),
+        ({"max_position_embeddings": 1000, "rope_scaling": None}, 1000),
+    ],
+)
+def test_positions_are_what_config_json_says(config, positions):
+    assert positions_of(config) == positions

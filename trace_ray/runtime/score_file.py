@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from trace_ray.config import TrainingConfig, validation_problems
 from trace_ray.data.sources import read_categorised, read_preferences
-from trace_ray.errors import DataError, ModelError
+from trace_ray.errors import ConfigError, DataError, ModelError
+from trace_ray.models.families import positions_of, read_config, too_long
 from trace_ray.runtime.score import ScoreSummary, Scoring, score_against
 from trace_ray.runtime.store import write_text
 from trace_ray.types import Category
@@ -40,9 +41,12 @@ def score_files(
         A line that says what was done.
 
     Raises:
+        ConfigError: the model has fewer positions than ``max_length``.
         DataError: a file can't be used; names file, line and field.
         ModelError: the model or the adapter can't be used, or it was trained on another base.
     """
+    if why := too_long(config.max_length, str(model), positions_of(read_config(model))):
+        raise ConfigError(f"--max-length: {why}")
     if adapter is not None:
         _check_base(model, adapter)
     conflicts, skipped = _conflicts(triaged)
