@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
@@ -153,6 +154,10 @@ class RealignTrainer(Trainer):
         With data-parallel workers: this worker's share, times their number, as gradients and logged
         losses are averaged over them.
         """
+        place = (self.config.seed, self.state.global_step, self.args.process_index)
+        torch.manual_seed(
+            _mixed(*place)
+        )  # dropout's: a resumed step draws what it would have drawn
         total = torch.zeros((), device=self.args.device)
         self.step_ids = inputs["pair_ids"]
         parts = list(zip(inputs["micro_batches"], inputs["counted"], strict=True))
@@ -252,6 +257,9 @@ class RealignTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self.accelerator.unwrap_model(self.model), folder)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save none: each step has its own seed."""
+
     def _note(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             self.terms[name] += self.share * float(value)
@@ -274,6 +282,11 @@ class RealignTrainer(Trainer):
             self.terms.clear()
             self.steps_noted = 0
         super().log(logs, start_time)
+
+
+def _mixed(*numbers: int) -> int:
+    """Return a seed of 64 bits that hangs on all of the numbers, and on their order."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class SmallGradientStop(TrainerCallback):

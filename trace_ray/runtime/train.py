@@ -283,15 +283,12 @@ def _save_outcome(job: TrainJob, trainer: RealignTrainer, probes: list[Probe]) -
 
 
 def _report_callback(is_first: bool) -> TrainerCallback:
-    """Return the callback that hands each checkpoint to Ray Train, once, when all workers wrote theirs."""
+    """Return the callback that hands each checkpoint to Ray Train: one worker writes all of it."""
     import ray.train
     from ray.train.huggingface.transformers import RayTrainReportCallback
-    from torch import distributed
 
     class ReportOnce(RayTrainReportCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if distributed.is_initialized():
-                distributed.barrier()
             if is_first:
                 super().on_save(args, state, control, **kwargs)
             else:
