@@ -65,6 +65,7 @@ def ran(server, tmp_path, cluster):
         "data": {"source": "pairs.jsonl"},
         "judge": {"kind": "openai", "model": "m", "openai": {"base_url": url, "max_retries": 0}},
         "models": [{"name": "one", "base": "nowhere"}],
+        "retries": {"attempts": 1},
         "storage": str(tmp_path / "storage"),
     }
 
