@@ -77,5 +77,7 @@ _folded_once = lru_cache(maxsize=64)(folded)
 def _read(text: str) -> tuple[tuple[str, str], ...]:
     """Return a text as its reader sees it and reads it, folded too, where that is another text."""
     seen = visible(text)
+    if seen is text and text.isascii():
+        return ()
     forms = dict.fromkeys((seen, skeleton(seen)))
     return tuple((form, folded(form)) for form in forms if form != text)
