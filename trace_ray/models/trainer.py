@@ -155,9 +155,8 @@ class RealignTrainer(Trainer):
         losses are averaged over them.
         """
         place = (self.config.seed, self.state.global_step, self.args.process_index)
-        torch.manual_seed(
-            _mixed(*place)
-        )  # dropout's: a resumed step draws what it would have drawn
+        # What dropout draws: a step of a resumed run draws the same.
+        torch.manual_seed(_mixed(*place))
         total = torch.zeros((), device=self.args.device)
         self.step_ids = inputs["pair_ids"]
         parts = list(zip(inputs["micro_batches"], inputs["counted"], strict=True))
