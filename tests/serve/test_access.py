@@ -218,6 +218,14 @@ def test_an_answer_that_takes_too_long_is_given_up(
     assert (status, answer["error"]["type"]) == (504, "TimeoutError")
 
 
+def test_raw_completions_can_be_off(post: Post, limit: Callable[..., None]) -> None:
+    limit(completions=False)
+    status, answer, _ = post("completions", {"model": "support", "prompt": "Once"})
+    assert (status, answer["error"]["type"]) == (403, "PermissionDeniedError")
+    assert "use /v1/chat/completions" in answer["error"]["message"]
+    assert post("chat/completions", HELLO | {"model": "support"})[0] == 200
+
+
 def test_a_request_that_names_no_limit_gets_the_endpoints(
     post: Post, limit: Callable[..., None]
 ) -> None:

@@ -57,6 +57,9 @@ class Limits(Section):
     engine's max_model_len."""
     max_n: int = Field(default=8, ge=1)
     """Most replies (``n``) or prompts of one request."""
+    completions: bool = True
+    """Answer ``/v1/completions``. Raw text passes by the chat template, and who asks for a reply a token
+    at a time has it judged a token at a time; false = chats alone (403)."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Per key, over the endpoint's one ingress; null = no limit (429 beyond it)."""
     burst: int = Field(default=10, ge=1)

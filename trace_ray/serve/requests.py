@@ -146,8 +146,11 @@ def limited(kind: Kind, body: dict[str, Any], limits: Limits, max_model_len: int
     One that asks for more than it may have is refused; other wrong types are left to vLLM.
 
     Raises:
-        RequestError: 400, naming the field.
+        RequestError: 400, naming the field; 403 for a completion where there are none.
     """
+    if kind == "completion" and not limits.completions:
+        message = "completions are off here: use /v1/chat/completions"
+        raise RequestError(403, message, None, "PermissionDeniedError")
     most = min(limits.max_tokens or max_model_len, max_model_len)
     for name in _COUNTS:
         _at_most(body, name, most)
