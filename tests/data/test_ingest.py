@@ -123,10 +123,6 @@ def expected(source, limit):
     return list(pairs.values()), bad, duplicates
 
 
-def in_this_process(function, items, work):
-    return (function(item, work) for item in items)
-
-
 KIND = st.one_of(st.integers(0, 12), st.sampled_from([b"{", b"", b'{"prompt": 1}']))
 FILES = st.lists(
     st.tuples(st.sampled_from(["jsonl", "jsonl.gz"]), st.lists(KIND, max_size=30)),
@@ -150,7 +146,11 @@ def test_the_passes_agree_with_one_loop(tmp_path_factory, contents, limit, size)
         patch.setattr(ingestion, "_BUCKET_ROWS", 5)
         patch.setattr(ingestion, "_FIRST_ROUND", 2)
         patch.setattr(ingestion, "_check_columns", lambda *_: None)
-        patch.setattr(ingestion, "_on_cluster", in_this_process)
+        patch.setattr(
+            ingestion,
+            "_on_cluster",
+            lambda function, items, work: (function(i, work) for i in items),
+        )
         source, out = locate(folder / "in"), folder / "pairs"
         pairs, bad, duplicates = expected(source, limit)
         if not pairs:
@@ -219,10 +219,8 @@ def test_ingest_streams_a_dataset(cluster, dataset, tmp_path):
 def test_ingest_refuses(cluster, tmp_path):
     out, quarantine = tmp_path / "pairs.parquet", tmp_path / "bad.jsonl"
     path = write_jsonl(tmp_path / "b.jsonl.gz", [GOOD, b"{", GOOD | {"prompt": "last"}])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingestion, "_on_cluster", in_this_process)
-        with pytest.raises(DataError, match="1 of 3 rows are malformed") as caught:
-            ingest(path, "pairs", out, quarantine)
+    with pytest.raises(DataError, match="1 of 3 rows are malformed") as caught:
+        ingest(path, "pairs", out, quarantine)
     assert "b.jsonl.gz:2: (row): is not JSON" in str(caught.value)
     assert len(quarantine.read_text().splitlines()) == 1
     cut = tmp_path / "cut.jsonl.gz"

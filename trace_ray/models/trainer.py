@@ -154,9 +154,9 @@ class RealignTrainer(Trainer):
         With data-parallel workers: this worker's share, times their number, as gradients and logged
         losses are averaged over them.
         """
-        place = (self.config.seed, self.state.global_step, self.args.process_index)
         # What dropout draws: a step of a resumed run draws the same.
-        torch.manual_seed(_mixed(*place))
+        step, rank = self.state.global_step, self.args.process_index
+        torch.manual_seed(_mixed(self.config.seed, step, rank))
         total = torch.zeros((), device=self.args.device)
         self.step_ids = inputs["pair_ids"]
         parts = list(zip(inputs["micro_batches"], inputs["counted"], strict=True))
