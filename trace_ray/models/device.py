@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 KERNELS = 64
 """Compiled kernels that oneDNN keeps: a training step's matmuls take about 30 shapes of its own."""
@@ -28,6 +32,13 @@ def fast_bfloat16() -> bool:
         return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def fast_dtype() -> torch.dtype | None:
+    """Return bfloat16 where matmuls in it are faster than in float32, else None."""
+    import torch
+
+    return torch.bfloat16 if fast_bfloat16() else None
 
 
 def bound_kernel_cache() -> None:

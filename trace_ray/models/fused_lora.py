@@ -1,4 +1,4 @@
-"""Linear layers of a model in training: frozen weights in the matmuls' precision, LoRA in few operations.
+"""Linear layers with LoRA: frozen weights in the matmuls' precision, LoRA in few operations.
 
 peft writes a LoRA layer as separate operations, each a pass over memory in both directions, and autocast
 casts every frozen weight anew in every pass. Here the weights are cast once, to the same values, and one
@@ -19,7 +19,7 @@ from trace_ray.models.policy_model import is_sharded
 
 
 def fuse(model: PeftModel, autocast: torch.dtype | None) -> None:
-    """Prepare a policy model for training; it stays so.
+    """Prepare a policy model for many passes; it stays so.
 
     Args:
         model: its LoRA layers over linear ones become ``FusedLora``.

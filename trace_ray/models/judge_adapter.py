@@ -24,7 +24,7 @@ from trace_ray.errors import ModelError
 from trace_ray.models.chat import encode_prompt
 from trace_ray.models.checkpoints import unreadable
 from trace_ray.models.collate import BucketSampler
-from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.device import fast_bfloat16, fast_dtype
 from trace_ray.models.packing import Trie, build_trie
 from trace_ray.types import LabelledResponse, Prompt
 
@@ -107,12 +107,14 @@ def fit_judge_adapter(
         ModelError: by clause, no label says which clause it is about.
     """
     from trace_ray.models.families import load_tokenizer
+    from trace_ray.models.fused_lora import fuse
     from trace_ray.models.policy_model import load_policy_model, save_adapter
     from trace_ray.models.trainer import StepCallback
 
     tokenizer = load_tokenizer(base)
     lora = LoraConfig(r=config.r, alpha=2 * config.r, dropout=0.0, targets="all-linear")
     model = load_policy_model(base, None, lora, seed=config.seed)
+    fuse(model, fast_dtype())
     asked = _questions(policy, labels, by_clause=by_clause)
     trainer = _verdict_trainer(
         tokenizer,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ray.core import logprobs, losses
 from trace_ray.models.collate import pad_sequences
-from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.device import fast_dtype
 from trace_ray.models.policy_model import TRAINED, reference
 from trace_ray.models.trainer import response_logits
 
@@ -55,9 +55,10 @@ def inference(model: PeftModel) -> Iterator[None]:
 
     model.eval()
     model.set_adapter(TRAINED)
+    dtype = fast_dtype()
     with (
         torch.inference_mode(),
-        torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=fast_bfloat16()),
+        torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None),
     ):
         yield
 

@@ -27,7 +27,7 @@ from trace_ray.core import logprobs, losses
 from trace_ray.errors import TrainError
 from trace_ray.models.attention import attention_blocks
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, StepCollator
-from trace_ray.models.device import fast_bfloat16
+from trace_ray.models.device import fast_dtype
 from trace_ray.models.fused_lora import fuse
 from trace_ray.models.policy_model import is_quantised, is_sharded, reference, save_adapter
 from trace_ray.models.reference_logps import ReferenceLogps
@@ -318,8 +318,9 @@ class StepCallback(TrainerCallback):
 
 def autocast_dtype(config: TrainingConfig) -> torch.dtype | None:
     """Return the precision of the matmuls over float32 weights; None is float32."""
-    low = config.autocast == "bfloat16" or (config.autocast == "auto" and fast_bfloat16())
-    return torch.bfloat16 if low else None
+    if config.autocast == "auto":
+        return fast_dtype()
+    return torch.bfloat16 if config.autocast == "bfloat16" else None
 
 
 def training_arguments(config: TrainingConfig, folder: Path, *, use_cpu: bool) -> TrainingArguments:

@@ -193,15 +193,20 @@ def _load(job: MeasureJob) -> Any:
     import torch
 
     from trace_ray.config import LoraConfig
+    from trace_ray.models.device import fast_dtype
+    from trace_ray.models.fused_lora import fuse
     from trace_ray.models.policy_model import load_measured_model, load_policy_model
 
     if job.after is not None:
-        return load_measured_model(job.base, job.before, job.after, job.dtype, job.shards)
-    model = load_policy_model(
-        job.base, None, LoraConfig(), seed=0, dtype=job.dtype, shards=job.shards
-    )
-    whole = job.shards == 1
-    return model.to("cuda") if whole and torch.cuda.is_available() else model
+        model = load_measured_model(job.base, job.before, job.after, job.dtype, job.shards)
+    else:
+        model = load_policy_model(
+            job.base, None, LoraConfig(), seed=0, dtype=job.dtype, shards=job.shards
+        )
+        if job.shards == 1 and torch.cuda.is_available():
+            model.to("cuda")
+    fuse(model, fast_dtype())
+    return model
 
 
 def shares(outcomes: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
