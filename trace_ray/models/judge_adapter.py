@@ -128,18 +128,24 @@ def fit_judge_adapter(
         data_collator=_collate,
         callbacks=[StepCallback(on_step)],
     )
-    last = out / WORK / "last"
-    found = False
+    last = None
     if checkpoints is not None:
         trainer.add_callback(_keeper(checkpoints))
-        found = checkpoints.restore(last)
-        if found and (damage := unreadable(last)):
-            _log.warning("the judge's last checkpoint %s; its fit begins anew", damage)
-            shutil.rmtree(last)
-            found = False
-    trainer.train(resume_from_checkpoint=str(last) if found else None)
+        last = _restored(checkpoints, out / WORK / "last")
+    trainer.train(resume_from_checkpoint=last)
     shutil.rmtree(out / WORK, ignore_errors=True)
     save_adapter(model, out)
+
+
+def _restored(checkpoints: Checkpoints, folder: Path) -> str | None:
+    """Return ``folder`` with the last checkpoint in it; None where there is none that can be read."""
+    if not checkpoints.restore(folder):
+        return None
+    if damage := unreadable(folder):
+        _log.warning("the judge's last checkpoint %s; its fit begins anew", damage)
+        shutil.rmtree(folder)
+        return None
+    return str(folder)
 
 
 def _keeper(checkpoints: Checkpoints) -> TrainerCallback:
