@@ -246,6 +246,7 @@ def main(
     targets: str = typer.Option("q_proj,v_proj", help="Names, or all-linear."),
     learning_rate: float = 3e-4,
     autocast: str = "auto",
+    compiled: bool = typer.Option(False, "--compile", help="Ours through torch's compiler."),
     threads: int = 2,
     side: str = typer.Option("both", help="ours or reference: print that side's memory only."),
 ) -> None:
@@ -259,6 +260,7 @@ def main(
             "max_length": WIDTH,
             "learning_rate": learning_rate,
             "autocast": autocast,
+            "compile": compiled,
             "lora": {"r": rank, "alpha": 16, "dropout": 0, "targets": names},
         }
     )
@@ -272,12 +274,13 @@ def main(
         return
     options = ["--base", base, "--memory-steps", memory_steps, "--rank", rank, "--threads", threads]
     options += ["--targets", targets, "--autocast", autocast, "--batch", batch]
+    options += ["--compile"] if compiled else []
     memory = {
         name: _memory_in_subprocess(name, [str(option) for option in options])
         for name in ("ours", "reference")
     }
     done = race(folder, rows, config)
-    exact = config.model_copy(update={"autocast": "none"})
+    exact = config.model_copy(update={"autocast": "none", "compile": False})
     report(
         "training",
         {
@@ -287,6 +290,7 @@ def main(
             "precision": str(autocast_dtype(config) or torch.float32).removeprefix("torch."),
             "lora": config.lora.model_dump(mode="json"),
             "threads": threads,
+            "compile": compiled,
         },
         measures(done, final_losses(folder, rows, exact, done.adapters), memory, config.batch_size),
     )

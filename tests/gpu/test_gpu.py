@@ -102,7 +102,12 @@ def test_training(base, deployed, tmp_path, on_cpu):
 
 @pytest.mark.parametrize(
     "change",
-    [{"gradient_checkpointing": True}, {"max_tokens": 128}, {"base_dtype": "bfloat16"}],
+    [
+        {"gradient_checkpointing": True},
+        {"max_tokens": 128},
+        {"base_dtype": "bfloat16"},
+        {"compile": True},
+    ],
 )
 def test_training_in_less_memory(base, deployed, tmp_path, change):
     whole, _ = trained(trainer_of(base, deployed, tmp_path / "whole"))

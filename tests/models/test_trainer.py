@@ -212,6 +212,30 @@ def test_saving_memory_does_not_change_the_result(base, deployed, tmp_path, chan
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_compiled_layers_train_the_same_adapter(base, deployed, tmp_path):
+    logs, adapters = [], []
+    for name, settings in (("plain", {}), ("compiled", {"compile": True})):
+        trainer = make(
+            base, deployed, tmp_path / name, max_steps=3, base_dtype="bfloat16", **settings
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        save_adapter(trainer.model, tmp_path / name)
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert [log[0]["margin_sum"] for log in logs] == [0, 0]
+    losses = [[entry["loss"] for entry in log] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    torch.testing.assert_close(*adapters, rtol=1e-2, atol=1e-3)
+
+
+def test_a_machine_that_cannot_compile_is_told_of(base, tmp_path, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(TrainError, match=r"training\.compile.*no-such-compiler.*leave it out"):
+        make(base, None, tmp_path, compile=True)
+
+
 @pytest.mark.parametrize(("dtype", "dropout"), [("float32", 0), ("nf4", 0), ("float32", 0.1)])
 def test_interrupted_training_ends_as_undisturbed_training(
     base, deployed, tmp_path, dtype, dropout

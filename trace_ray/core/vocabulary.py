@@ -83,7 +83,7 @@ class _PickedLogps(torch.autograd.Function):
         order = place.argsort()
         found = torch.zeros_like(table)
         for start, end in _chunks(len(distinct), table.shape[1]):
-            probs = (upcast(table[distinct[start:end]]) - lse[start:end, None]).exp_()
+            probs = upcast(table[distinct[start:end]]).sub_(lse[start:end, None]).exp_()
             part = probs.mul_(-total[start:end, None])
             edges = torch.tensor([start, end], device=place.device)
             first, last = torch.searchsorted(place[order], edges).tolist()
@@ -97,7 +97,7 @@ class _PickedLogps(torch.autograd.Function):
         table, distinct, place, labels, lse = ctx.saved_tensors
         means = [
             torch.linalg.vecdot(
-                (upcast(table[distinct[start:end]]) - lse[start:end, None]).exp(),
+                upcast(table[distinct[start:end]]).sub_(lse[start:end, None]).exp_(),
                 upcast(tangent[distinct[start:end]]),
             )
             for start, end in _chunks(len(distinct), table.shape[1])
@@ -116,8 +116,9 @@ class _RowKL(torch.autograd.Function):
             theta = upcast(table[rows[start:end]])
             ref = upcast(ref_table[ref_rows[start:end]])
             lse[start:end], ref_lse[start:end] = theta.logsumexp(-1), ref.logsumexp(-1)
-            probs = (ref - ref_lse[start:end, None]).exp_()
-            kl[start:end] = torch.linalg.vecdot(probs, ref - theta)
+            difference = theta.neg_().add_(ref)
+            probs = ref.sub_(ref_lse[start:end, None]).exp_()
+            kl[start:end] = torch.linalg.vecdot(probs, difference)
         kl += lse - ref_lse
         ctx.save_for_backward(table, rows, ref_table, ref_rows, lse, ref_lse)
         return kl
@@ -128,8 +129,8 @@ class _RowKL(torch.autograd.Function):
         table, rows, ref_table, ref_rows, lse, ref_lse = ctx.saved_tensors
         found = torch.zeros_like(table)
         for start, end in _chunks(len(rows), table.shape[1]):
-            part = (upcast(table[rows[start:end]]) - lse[start:end, None]).exp_()
-            part -= (upcast(ref_table[ref_rows[start:end]]) - ref_lse[start:end, None]).exp_()
+            part = upcast(table[rows[start:end]]).sub_(lse[start:end, None]).exp_()
+            part -= upcast(ref_table[ref_rows[start:end]]).sub_(ref_lse[start:end, None]).exp_()
             part *= grad[start:end, None]
             found.index_add_(0, rows[start:end], part.to(table.dtype))
         return found, None, None, None

@@ -27,6 +27,7 @@ from trace_ray.core import logprobs, losses
 from trace_ray.errors import TrainError
 from trace_ray.models.attention import attention_blocks
 from trace_ray.models.collate import BucketSampler, EncodedRow, HybridCollator, StepCollator
+from trace_ray.models.compiled import compile_layers
 from trace_ray.models.device import fast_dtype
 from trace_ray.models.fused_lora import fuse
 from trace_ray.models.policy_model import is_quantised, is_sharded, reference, save_adapter
@@ -105,6 +106,8 @@ class RealignTrainer(Trainer):
         self.reference_logps = ReferenceLogps()
         self.autocast = autocast_dtype(config)
         fuse(model, self.autocast)
+        if config.compile:
+            compile_layers(model, args.device)
         if is_quantised(model):  # transformers would leave it where it is
             model.to(args.device)
         place = {"rank": args.process_index, "workers": args.world_size}

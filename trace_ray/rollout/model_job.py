@@ -106,7 +106,7 @@ class ModelJob:
         """What the trained adapter depends on; ``scores`` names the scores' stage folder, or is empty."""
         training = self.model.training
         return self.key(
-            training=training.model_dump(mode="json", exclude={"save_steps", "impact"}),
+            training=training.model_dump(mode="json", exclude={"save_steps", "impact", "compile"}),
             scores=scores,
             policy=self.inputs.policy.digest,
         )
