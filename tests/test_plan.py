@@ -84,6 +84,16 @@ def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(job):
     assert less.activations == 4000 * (4096 * 49 + 64_000) * 4
 
 
+def test_how_a_model_is_trained_is_no_input_of_the_adapter(job):
+    def key(**changes):
+        training = job.model.training.model_copy(update=changes)
+        model = job.model.model_copy(update={"training": training})
+        return dataclasses.replace(job, model=model).adapter_key("")
+
+    assert key(compile=True) == key(save_steps=7) == key()
+    assert key(beta=0.7) != key()
+
+
 def test_a_sharded_base_takes_its_share_a_layer_and_the_embeddings(job):
     shape = estimate.Shape(64_000_000_000, 8192, 80, 100_000, 100_000)
     sharing = {"workers": 8, "batch_size": 8, "shard_base": True, "base_dtype": "bfloat16"}

@@ -89,7 +89,7 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Train through torch's compiler (on a CPU it needs a C++ compiler): a minute or two at the beginning,
-    then faster steps, less memory. The result is the same but for rounding; nothing trains anew for it."""
+    for less memory, faster steps. The result is the same but for rounding; nothing trains anew for it."""
     label_smoothing: Literal["judge"] | Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0.0
     """Robust DPO: the rate of wrong triage labels, for every preference that is trained on; ``judge`` takes
     each inverted pair's from the judge's own probabilities; 0 = the paper's loss."""
